@@ -1,0 +1,1 @@
+"""On-policy distillation of language models in JAX: prompt -> rollout -> score -> signal -> estimate -> update -> metrics."""

@@ -1,0 +1,101 @@
+"""The device mesh, and the rules that lay logical axes of arrays on it.
+
+Arrays are described by logical axes ("batch", "vocab", "ffn", ...); `Rules` says which mesh axis carries each. Meshes use Auto axes:
+code states shardings at a few named points and the compiler propagates them. Without a mesh every function here is the identity.
+"""
+
+import dataclasses
+import logging
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from opd_jax.types import UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Logical axis -> mesh axis (or several, or None = replicated). Names that begin with `act_` belong to activations."""
+
+    batch: tuple[str, ...] = ("data", "fsdp")
+    vocab: str | None = "tensor"
+    embed: str | None = "fsdp"
+    heads: str | None = "tensor"
+    kv_heads: str | None = "tensor"
+    head_dim: str | None = None
+    ffn: str | None = "tensor"
+    length: str | None = None
+    act_embed: str | None = None
+
+
+RULES = Rules()
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices=None) -> Mesh:
+    """A mesh over all devices, or over one device when every size is 1."""
+    devices = jax.devices() if devices is None else devices
+    shape = (data, fsdp, tensor)
+    size = data * fsdp * tensor
+    if size == 1:
+        devices = devices[:1]
+    if size != len(devices):
+        raise UserError(
+            f"mesh.data * mesh.fsdp * mesh.tensor = {data} * {fsdp} * {tensor} = {size}, "
+            f"but there are {len(devices)} devices: make the product {len(devices)}, or 1 to use one device"
+        )
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def partition_spec(mesh: Mesh, logical_axes: tuple[str | None, ...], shape: tuple[int, ...], rules: Rules = RULES) -> PartitionSpec:
+    """The PartitionSpec of an array. A dimension that its mesh axes do not divide is replicated (and logged once)."""
+    entries = []
+    used: set[str] = set()
+    for name, size in zip(logical_axes, shape, strict=True):
+        axes = getattr(rules, name) if name else None
+        axes = (axes,) if isinstance(axes, str) else (axes or ())
+        clash = used.intersection(axes)
+        if clash:
+            raise UserError(f"logical axes {logical_axes} use mesh axis {sorted(clash)[0]!r} twice: change the rule for {name!r} in parallel.Rules")
+        ways = 1
+        for axis in axes:
+            ways *= mesh.shape[axis]
+        if size % ways:
+            _report_replicated(name, size, axes, ways)
+            axes = ()
+        used.update(axes)
+        entries.append(axes[0] if len(axes) == 1 else (axes or None))
+    return PartitionSpec(*entries)
+
+
+_reported: set[tuple] = set()
+
+
+def _report_replicated(name: str, size: int, axes: tuple[str, ...], ways: int) -> None:
+    if (name, size, axes, ways) not in _reported:
+        _reported.add((name, size, axes, ways))
+        logging.getLogger(__name__).warning("axis %r of size %d is replicated: mesh axes %s do not divide it (%d ways)", name, size, axes, ways)
+
+
+def sharding(mesh: Mesh, logical_axes: tuple[str | None, ...], shape: tuple[int, ...], rules: Rules = RULES) -> NamedSharding:
+    """The NamedSharding of an array with these logical axes."""
+    return NamedSharding(mesh, partition_spec(mesh, logical_axes, shape, rules))
+
+
+def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
+    """States the sharding of an activation under `jax.set_mesh`; the identity without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(mesh, logical_axes, x.shape))
+
+
+def shard_batch(tree, mesh: Mesh):
+    """Puts arrays on the mesh with their leading axis over the batch axes."""
+    return jax.tree.map(lambda x: jax.device_put(x, sharding(mesh, ("batch",) + (None,) * (x.ndim - 1), x.shape)), tree)
+
+
+def replicate(tree, mesh: Mesh):
+    """Puts arrays on every device of the mesh."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))

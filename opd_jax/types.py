@@ -1,0 +1,60 @@
+"""Dimension letters and the records that flow through a training step.
+
+Letters, the same in array suffixes (`logp_BT`) and, in lower case, in einsum strings:
+    B rollouts (= P prompts x G samples each)   S prompt length      T completion length   L total length
+    V vocabulary   K top-k   D model width   F feed-forward width   N query heads   H head dim
+
+Per-token arrays are `[B, T]` over completion tokens only: entry t speaks of token t given the prompt and the tokens before t.
+Prompts are padded on the left, completions on the right. The stop token is part of the completion; what follows it is padding.
+"""
+
+import flax.struct
+import jax
+
+
+class UserError(ValueError):
+    """A mistake that the user can repair. One line: which field or file, its value, what is valid, the remedy."""
+
+
+@flax.struct.dataclass
+class Prompts:
+    """Left-padded prompts, one row per rollout; `id_B` names the rollout (prompt id * G + sample) and drives its random draws."""
+
+    tokens_BS: jax.Array  # int32
+    mask_BS: jax.Array  # bool, True on real tokens
+    id_B: jax.Array  # uint32
+
+
+@flax.struct.dataclass
+class View:
+    """What one model reads: a prompt of its own, then the completion that all models share."""
+
+    prompt_BS: jax.Array  # int32, left-padded
+    prompt_mask_BS: jax.Array  # bool
+    completion_BT: jax.Array  # int32, right-padded; every position is read, the loss mask is elsewhere
+
+
+@flax.struct.dataclass
+class Rollout:
+    """Completions and the law that produced them. `mask_BT` is True on the tokens to learn from, stop token included."""
+
+    tokens_BT: jax.Array  # int32
+    mask_BT: jax.Array  # bool
+    logp_BT: jax.Array  # nats under the sampled policy at temperature 1, 0 where the mask is False
+    behaviour_logp_BT: jax.Array  # nats under the law that sampled (temperature, top-p, top-k, min-p)
+    id_B: jax.Array  # uint32
+    stopped_B: jax.Array  # bool, False where max_new_tokens cut the completion off
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that an update changes."""
+
+    step: jax.Array  # int32, updates done
+    params: dict
+    opt_state: tuple
+
+
+def view(prompts: Prompts, rollout: Rollout) -> View:
+    """The view of a model that reads `prompts` before the completions of `rollout`."""
+    return View(prompts.tokens_BS, prompts.mask_BS, rollout.tokens_BT)

@@ -1,0 +1,31 @@
+"""Eight virtual CPU devices, no silent rank promotion, and the fixtures that several files share."""
+
+import os
+import pathlib
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+import jax
+import pytest
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> pathlib.Path:
+    """The folder of real models and data, kept beside the checkout and never copied into it."""
+    if not SHARED.is_dir():
+        pytest.skip(f"needs the data folder {SHARED.parent.name}/{SHARED.name} beside the checkout")
+    return SHARED
+
+
+@pytest.fixture
+def float64():
+    """Runs one test in float64, for exact enumeration."""
+    with jax.enable_x64(True):
+        yield
