@@ -53,6 +53,7 @@ class TrainState:
     step: jax.Array  # int32, updates done
     params: dict
     opt_state: tuple
+    finite: jax.Array  # bool; once a loss or gradient is not finite, no later update changes anything
 
 
 def view(prompts: Prompts, rollout: Rollout) -> View:

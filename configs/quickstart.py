@@ -1,0 +1,62 @@
+"""Distil a student of 0.16M parameters from a teacher of 0.6M on its own completions, on a laptop, offline.
+
+    python experiments/train.py --config=configs/quickstart.py --workdir=runs/quickstart
+
+The task: 12 digits and "=", then 12 running values s_i = (3 s_(i-1) + d_i) mod 10: one wrong value spoils all that follow. The student may
+train on a FIXED SET OF 48 PROMPTS; it is evaluated on others. Teacher and student are made on first use, by the recipes below.
+
+Arguments after the colon: opd (default), seqkd and sft are three ways to train the same student with equal updates and completion tokens;
+teacher and student are the recipes; prompts=0 gives unlimited fresh prompts; seed=N; tiny is a run of seconds, for tests.
+"""
+
+from opd_jax import config
+
+
+def get_config(arg=None):
+    arg = config.parse_arg(arg, role=("opd", "seqkd", "sft", "teacher", "student"), tiny=False, seed=0, prompts=48)
+    c = config.default()
+    c.seed = arg.seed
+    c.task.name = "arithmetic"
+    c.task.level = 4 if arg.tiny else 12
+    c.rollout.max_new_tokens = c.task.level + 1  # the stop token is one of them
+    c.rollout.batch_size = 16 if arg.tiny else 64
+    c.learner.learning_rate = 3e-3
+    c.learner.b2 = 0.95
+    c.learner.warmup_steps = 2 if arg.tiny else 10
+    c.eval.prompts = 16 if arg.tiny else 256
+    c.eval.batch_size = 16 if arg.tiny else 256
+    if arg.role in ("teacher", "student"):
+        return recipe(c, arg)
+
+    suffix = ",tiny" if arg.tiny else ""
+    c.teacher.recipe = f"configs/quickstart.py:teacher{suffix}"
+    c.student.recipe = f"configs/quickstart.py:student{suffix}"
+    c.steps = 4 if arg.tiny else 100
+    c.task.train_size = arg.prompts
+    c.learner.learning_rate = 1e-3
+    if arg.role == "opd":
+        c.rollout.source = "student"
+        c.signal.divergence = "reverse_kl"
+        c.signal.support = "full"
+    else:
+        c.rollout.source = "teacher" if arg.role == "seqkd" else "dataset"
+        c.signal.divergence = "nll"
+    return c
+
+
+def recipe(c, arg):
+    """SFT from random weights on unlimited fresh prompts; the student is stopped early."""
+    c.rollout.source = "dataset"
+    c.signal.divergence = "nll"
+    c.task.train_size = 0
+    c.eval.prompts = 0
+    c.log.samples_every = 0
+    c.student.init.hidden_size = 128 if arg.role == "teacher" else 64
+    c.student.init.intermediate_size = 3 * c.student.init.hidden_size
+    c.steps = {"teacher": 200, "student": 120}[arg.role]
+    if arg.tiny:
+        c.steps = {"teacher": 8, "student": 4}[arg.role]
+        c.student.init.hidden_size = {"teacher": 32, "student": 16}[arg.role]
+        c.student.init.intermediate_size = 32
+        c.student.init.num_hidden_layers = 1
+    return c

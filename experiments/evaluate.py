@@ -1,0 +1,54 @@
+"""Evaluates a student against its teacher and task, as training does before the first and after the last update.
+
+    python experiments/evaluate.py --config=configs/NAME.py[:arg] --workdir=RUN     # the newest student of a run
+    python experiments/evaluate.py --config=configs/NAME.py[:arg] --config.student.path=DIR
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+import _checkout  # noqa: F401
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from opd_jax import cli, config, job, metrics, model_io, parallel, train
+from opd_jax.data import tasks
+from opd_jax.types import UserError
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:arg]; --config.a.b=value changes a field.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Run directory whose newest student is evaluated; without it, the config's student.")
+OUT = flags.DEFINE_string("out", None, "File for the values as one JSON object.")
+flags.mark_flags_as_required(["config"])
+
+
+def main(argv: list[str]) -> None:
+    stop = cli.StopRequest().install()
+    progress = metrics.Progress()
+    parsed = config.parse(CONFIG.value)
+    if WORKDIR.value:
+        if not model_io.is_run_directory(WORKDIR.value):
+            raise UserError(f"--workdir={WORKDIR.value}: is not a run directory (model/config.json is missing); give one of a training run")
+        parsed = dataclasses.replace(parsed, student=config.Student(path=WORKDIR.value))
+    if not parsed.eval.prompts:
+        raise UserError("config field eval.prompts = 0 leaves nothing to evaluate; give --config.eval.prompts=N")
+    task = tasks.make(**dataclasses.asdict(parsed.task))
+    mesh = parallel.make_mesh(parsed.mesh.data, parsed.mesh.fsdp, parsed.mesh.tensor)
+    parsed = job.run_recipes(parsed, functools.partial(train.make_model, stop=stop, progress=progress))
+    progress.phase("loading student and teacher")
+    student, teacher = job.open_models(parsed, None, mesh)
+    evaluator = job.make_evaluator(job.fit_context(parsed, student, teacher), mesh, task, student, teacher)
+    progress.phase(f"evaluating on {len(evaluator.examples)} prompts")
+    with jax.set_mesh(mesh):
+        values = evaluator(student.params)
+    progress.close()
+    for name, value in values.items():
+        print(f"{name:28} {value:.4f}")
+    if OUT.value:
+        pathlib.Path(OUT.value).write_text(json.dumps(values, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,86 @@
+"""What every script shares: flags, exit status and signals.
+
+Exit status: 0 finished, 2 a user's mistake (one line on stderr), 143/130 after SIGTERM/SIGINT with the state saved, 1 anything else.
+"""
+
+import logging
+import signal
+import sys
+from collections.abc import Callable
+
+from absl import app, flags
+
+from opd_jax.types import UserError
+
+
+class Interrupted(Exception):
+    """A run stopped because it was asked to, its state saved; `signum` says by which signal."""
+
+    def __init__(self, signum: int):
+        super().__init__(f"stopped by {signal.Signals(signum).name}; the state is saved, the same command continues")
+        self.signum = signum
+
+
+class StopRequest:
+    """Remembers SIGTERM or SIGINT, so that a loop can finish its step and save. A second SIGINT interrupts at once."""
+
+    def __init__(self):
+        self.signum = 0
+
+    def install(self) -> "StopRequest":
+        signal.signal(signal.SIGTERM, self._remember)
+        signal.signal(signal.SIGINT, self._remember)
+        return self
+
+    def _remember(self, signum, frame):
+        if self.signum == signal.SIGINT == signum:
+            raise KeyboardInterrupt
+        self.signum = signum
+
+    def __bool__(self) -> bool:
+        return self.signum != 0
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Parses flags, calls main(argv) and exits with the documented status."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    sys.exit(_status(main))
+
+
+def _status(main: Callable[[list[str]], None]) -> int:
+    try:
+        argv = _parse_flags()
+    except SystemExit:
+        raise
+    except Exception as error:  # absl and config files raise many types; each is a mistake on the command line or in the file
+        return _refuse(_flag_message(error))
+    try:
+        main(argv)
+    except UserError as error:
+        return _refuse(str(error))
+    except Interrupted as error:
+        print(error, file=sys.stderr)
+        return 128 + error.signum
+    except KeyboardInterrupt:
+        print("interrupted before the state could be saved; the same command continues from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parse_flags() -> list[str]:
+    app.define_help_flags()
+    argv = flags.FLAGS(sys.argv)
+    if len(argv) > 1:
+        raise UserError(f"argument {argv[1]!r} is not a flag; write --name=value (--help lists them)")
+    return argv
+
+
+def _flag_message(error: Exception) -> str:
+    if isinstance(error, UserError | flags.Error | FileNotFoundError | OSError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
+
+
+def _refuse(message: str) -> int:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return 2

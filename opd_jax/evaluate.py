@@ -1,0 +1,167 @@
+"""Evaluation on held-out prompts: accuracy, avg@k, pass@k, reverse and forward KL to the teacher with intervals, entropy, lengths."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+import scipy.stats
+from jax.sharding import Mesh
+
+from opd_jax import parallel
+from opd_jax.data import pipeline
+from opd_jax.data.tasks import Example, Task
+from opd_jax.model_io import LoadedModel
+from opd_jax.models import transformer
+from opd_jax.models.config import ModelConfig
+from opd_jax.numerics.token_stats import Signal, Target, token_stats
+from opd_jax.rollout import sample
+from opd_jax.types import Prompts, Rollout, view
+
+# Draws of an evaluation depend on the seed alone, never on the step: evaluations of one run are paired.
+GREEDY, SAMPLED, TEACHER = range(3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """Evaluates any student of one configuration on a fixed set of held-out prompts. `student.params` is not used."""
+
+    student: LoadedModel
+    teacher: LoadedModel | None
+    task: Task
+    examples: Sequence[Example]
+    samples: int
+    batch_size: int
+    max_new_tokens: int
+    max_prompt_length: int
+    overlong: str
+    seed: int
+    mesh: Mesh
+
+    def __call__(self, params: dict) -> dict[str, float]:
+        """All `eval/` metrics of a student with these parameters."""
+        metrics = {}
+        if self.task.verifiable:
+            rewards_P = self._rewards(self._sample(params, self.student.config, GREEDY))[:, 0]
+            metrics |= with_interval("eval/accuracy", rewards_P)
+        rollouts = self._sample(params, self.student.config, SAMPLED)
+        if self.task.verifiable:
+            metrics |= sampled_accuracy(self._rewards(rollouts))
+        metrics |= _length_metrics(rollouts)
+        # The student's own completions give its entropy and the reverse KL, the teacher's give the forward KL.
+        stats = self._score(params, rollouts, "reverse_kl")
+        metrics["eval/entropy"] = float(stats["entropy"].sum() / stats["tokens"].sum())
+        if self.teacher is not None:
+            metrics |= ratio_with_interval("eval/reverse_kl", stats["local"], stats["tokens"])
+            stats = self._score(params, self._sample(self.teacher.params, self.teacher.config, TEACHER), "forward_kl")
+            metrics |= ratio_with_interval("eval/forward_kl", stats["local"], stats["tokens"])
+        return metrics
+
+    def _batches(self, samples: int):
+        """(examples, Prompts) of at most batch_size rows; short batches are padded with repeated rows, so that nothing recompiles."""
+        rows = [(example, g) for example in self.examples for g in range(samples)]
+        texts = [example.prompt for example in self.examples]
+        longest = pipeline.encode_prompts(
+            texts, self.student.tokenizer, ids=np.arange(len(texts)), max_prompt_length=self.max_prompt_length, overlong=self.overlong
+        )
+        ids = {example.id: row for row, example in enumerate(self.examples)}
+        for start in range(0, len(rows), self.batch_size):
+            chunk = rows[start : start + self.batch_size]
+            padded = chunk + [chunk[-1]] * (self.batch_size - len(chunk))
+            index = np.array([ids[example.id] for example, _ in padded])
+            rollout_ids = np.array([example.id * samples + g for example, g in padded]).astype(np.uint32)
+            yield len(chunk), Prompts(longest.tokens_BS[index], longest.mask_BS[index], rollout_ids)
+
+    def _sample(self, params: dict, config: ModelConfig, purpose: int) -> list[tuple[Prompts, Rollout, int]]:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), 0xE7A1), purpose)
+        greedy = purpose == GREEDY
+        results = []
+        for real, prompts in self._batches(1 if greedy else self.samples):
+            prompts = parallel.shard_batch(prompts, self.mesh)
+            rollout = sample(
+                params,
+                config,
+                prompts,
+                key=key,
+                max_new_tokens=self.max_new_tokens,
+                temperature=0.0 if greedy else 1.0,
+                stop_ids=self.student.tokenizer.eos_ids,
+            )
+            results.append((prompts, rollout, real))
+        return results
+
+    def _rewards(self, rollouts) -> np.ndarray:
+        """[P, k] rewards of the verifier."""
+        texts = []
+        for _, rollout, real in rollouts:
+            tokens, mask = np.asarray(rollout.tokens_BT), np.asarray(rollout.mask_BT)
+            texts += [self.student.tokenizer.decode(tokens[row][mask[row]]) for row in range(real)]
+        per_prompt = len(texts) // len(self.examples)
+        rewards = [self.task.verify(self.examples[i // per_prompt], text).reward for i, text in enumerate(texts)]
+        return np.array(rewards).reshape(-1, per_prompt)
+
+    def _score(self, params: dict, rollouts, kind: str) -> dict[str, np.ndarray]:
+        """Sums of per-token statistics over each prompt's completions, [P]."""
+        teacher_config = self.teacher.config if self.teacher else None
+        teacher_params = self.teacher.params if self.teacher else None
+        pieces = []
+        for prompts, rollout, real in rollouts:
+            sums = _rollout_sums(params, teacher_params, prompts, rollout, self.student.config, teacher_config, kind)
+            pieces.append({name: np.asarray(value)[:real] for name, value in sums.items()})
+        return {name: np.concatenate([p[name] for p in pieces]).reshape(len(self.examples), -1).sum(1) for name in pieces[0]}
+
+
+@functools.partial(jax.jit, static_argnames=("student_config", "teacher_config", "kind"))
+def _rollout_sums(params, teacher_params, prompts, rollout, student_config, teacher_config, kind):
+    student = transformer.hidden(params, student_config, view(prompts, rollout))
+    target, needs = None, {"entropy"}
+    if teacher_config is not None:
+        target, needs = Target((transformer.hidden(teacher_params, teacher_config, view(prompts, rollout)),)), {"entropy", "local"}
+    signal = Signal(kind=kind if target is not None else "nll")
+    stats = token_stats(student, target, rollout.tokens_BT, signal=signal, needs=frozenset(needs))
+    sums = {"tokens": rollout.mask_BT, "entropy": stats.entropy_BT} | ({"local": stats.local_BT} if target is not None else {})
+    return {name: jax.numpy.where(rollout.mask_BT, value, 0).sum(1) for name, value in sums.items()}
+
+
+def _length_metrics(rollouts) -> dict[str, float]:
+    lengths = np.concatenate([np.asarray(r.mask_BT).sum(1)[:real] for _, r, real in rollouts])
+    stopped = np.concatenate([np.asarray(r.stopped_B)[:real] for _, r, real in rollouts])
+    return {"eval/length": float(lengths.mean()), "eval/truncated_fraction": float(1 - stopped.mean())}
+
+
+def sampled_accuracy(rewards_PK: np.ndarray) -> dict[str, float]:
+    """avg@k with an interval over prompts, and pass@k; a reward of 1 is a success."""
+    samples = rewards_PK.shape[1]
+    successes_P = (rewards_PK >= 1.0).sum(1)
+    passed_P = [pass_at_k(samples, int(c), samples) for c in successes_P]
+    return with_interval("eval/sampled_accuracy", rewards_PK.mean(1)) | {"eval/pass_at_k": float(np.mean(passed_P))}
+
+
+def pass_at_k(samples: int, successes: int, k: int) -> float:
+    """Unbiased chance that at least one of k samples succeeds, from `samples` >= k draws: 1 - C(n - c, k) / C(n, k) (Chen et al. 2021)."""
+    if samples - successes < k:
+        return 1.0
+    return 1.0 - float(np.prod(1.0 - k / np.arange(samples - successes + 1, samples + 1)))
+
+
+def with_interval(name: str, values_P: np.ndarray) -> dict[str, float]:
+    """Mean over prompts with a 95% bootstrap interval."""
+    return _bootstrap(name, lambda values, axis: values.mean(axis), (values_P,))
+
+
+def ratio_with_interval(name: str, sums_P: np.ndarray, tokens_P: np.ndarray) -> dict[str, float]:
+    """Mean per token, sum / tokens, with a 95% bootstrap interval over prompts."""
+    return _bootstrap(name, lambda sums, tokens, axis: sums.sum(axis) / tokens.sum(axis), (sums_P, tokens_P))
+
+
+def _bootstrap(name: str, statistic: Callable, data: tuple[np.ndarray, ...]) -> dict[str, float]:
+    """Percentile bootstrap over prompts. With equal values, or a single prompt, the interval is the value itself or is left out."""
+    data = tuple(np.asarray(values, np.float64) for values in data)
+    value = float(statistic(*data, axis=0))
+    if len(data[0]) < 2:
+        return {name: value}
+    interval = scipy.stats.bootstrap(
+        data, statistic, paired=len(data) > 1, n_resamples=2000, method="percentile", rng=np.random.default_rng(0), vectorized=True
+    ).confidence_interval
+    return {name: value, f"{name}_low": float(interval.low), f"{name}_high": float(interval.high)}

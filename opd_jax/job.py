@@ -1,0 +1,244 @@
+"""Everything that a run needs, made and checked before its first step: a config and a folder in, a Job out."""
+
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from opd_jax import checkpoint, learner, metrics, model_io, parallel, rollout, teachers
+from opd_jax import config as config_lib
+from opd_jax import objective as objective_lib
+from opd_jax.config import Config, ConfigError
+from opd_jax.data import tasks
+from opd_jax.data import tokenizer as tokenizer_lib
+from opd_jax.data.pipeline import Pipeline
+from opd_jax.evaluate import Evaluator
+from opd_jax.model_io import LoadedModel
+from opd_jax.models import config as model_config_lib
+from opd_jax.models import spec, transformer
+from opd_jax.types import TrainState, UserError
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """The parts of a run. `student.params` is empty: the current parameters are in the state."""
+
+    config: Config
+    workdir: pathlib.Path
+    mesh: Mesh
+    task: tasks.Task
+    student: LoadedModel
+    teacher: LoadedModel | None
+    pipeline: Pipeline
+    rollouts: Callable
+    objective: objective_lib.Objective
+    schedule: optax.Schedule
+    update: Callable
+    evaluate: Evaluator | None
+    checkpoints: checkpoint.Checkpoints
+    writer: metrics.MetricsWriter
+    state: TrainState
+    step: int
+    resumed: bool
+    info: dict  # what a checkpoint remembers beside the state
+
+    @property
+    def teacher_params(self) -> dict | None:
+        return self.teacher.params if self.teacher else None
+
+
+def setup(config: ConfigDict, workdir: str | os.PathLike, *, make_model: Callable[[str, str], str], progress: metrics.Progress) -> Job:
+    """Refuses what can be refused before any work, then loads or restores. `make_model(recipe, cache_dir)` runs a recipe.
+
+    Raises UserError for a config, folder, model, tokenizer or data file that cannot be used.
+    """
+    parsed = config_lib.parse(config)
+    workdir = pathlib.Path(workdir)
+    check_workdir(workdir, config)
+    mesh = parallel.make_mesh(parsed.mesh.data, parsed.mesh.fsdp, parsed.mesh.tensor)
+    task = tasks.make(**dataclasses.asdict(parsed.task))
+    objective = objective_lib.from_config(parsed, has_teacher=bool(parsed.teacher.path or parsed.teacher.recipe))
+    optimizer = learner.make_optimizer(parsed.learner, parsed.steps)
+    parsed = run_recipes(parsed, make_model)
+    progress.phase("loading student and teacher")
+    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=parsed.checkpoint.keep)
+    resumed = bool(checkpoints.steps())
+    student, teacher = open_models(parsed, workdir if resumed else None, mesh)
+    parsed = fit_context(parsed, student, teacher)
+    pipeline = _make_pipeline(parsed, task, student.tokenizer)
+    digest = teachers.content_hash(teacher.params) if teacher else ""
+    if resumed:
+        state, step, info = _restore(checkpoints, student, optimizer, mesh, digest, parsed.teacher.path)
+    else:
+        state, step, info = learner.init_state(student.params, optimizer), 0, {"tokens_total": 0, "seconds": 0.0, "teacher_hash": digest}
+    student = dataclasses.replace(student, params={})
+    writer = metrics.MetricsWriter(workdir)
+    writer.truncate_after(step if resumed else -1)
+    _describe_run(workdir, config, student)
+    return Job(
+        config=parsed,
+        workdir=workdir,
+        mesh=mesh,
+        task=task,
+        student=student,
+        teacher=teacher,
+        pipeline=pipeline,
+        rollouts=make_rollouts(parsed, mesh, student, teacher),
+        objective=objective,
+        schedule=learner.make_schedule(parsed.learner, parsed.steps),
+        update=learner.make_update(
+            objective, student.config, teacher.config if teacher else None, optimizer, microbatches=parsed.learner.microbatches, state=state
+        ),
+        evaluate=make_evaluator(parsed, mesh, task, student, teacher),
+        checkpoints=checkpoints,
+        writer=writer,
+        state=state,
+        step=step,
+        resumed=resumed,
+        info=info,
+    )
+
+
+def check_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
+    """Creates the folder, or refuses one that cannot be written or that holds a run with another config."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: cannot be created ({error.strerror}); give a folder that can be written") from None
+    if not os.access(workdir, os.W_OK | os.X_OK):
+        raise UserError(f"--workdir={workdir}: is not writable; give another folder or change its permissions")
+    path = workdir / "config.json"
+    begun = any((workdir / name).exists() for name in ("metrics.jsonl", "checkpoints"))
+    if not path.exists():
+        if begun:
+            raise UserError(f"--workdir={workdir}: holds a run without its config.json; give another folder, or restore the file")
+        return
+    try:
+        previous = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); give another --workdir, or restore the file") from None
+    changed = config_lib.differences(previous, config.to_dict())
+    if changed:
+        raise UserError(f"--workdir={workdir}: its run has another config ({'; '.join(changed)}); give another --workdir, or the old values")
+    if config.steps > previous["steps"] and not config.learner.decay_steps:
+        log.warning("steps grow from %d to %d: the schedule is now stretched; set learner.decay_steps", previous["steps"], config.steps)
+    records = workdir / "metrics.jsonl"
+    trained = records.exists() and any(record["step"] > 0 for record in metrics.read(records))
+    if trained and not checkpoint.Checkpoints(workdir / "checkpoints").steps():
+        raise UserError(f"{workdir / 'checkpoints'}: is empty, but metrics.jsonl shows updates; restore it, or give another --workdir")
+
+
+def _describe_run(workdir: pathlib.Path, config: ConfigDict, student: LoadedModel) -> None:
+    """Writes config.json and model/ where they are missing or out of date."""
+    text = json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+    path = workdir / "config.json"
+    if not path.exists() or path.read_text() != text:
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(text)
+        temporary.replace(path)
+    if not model_io.is_run_directory(workdir):
+        model_io.describe(workdir, student.config, student.tokenizer)
+
+
+def run_recipes(config: Config, make_model: Callable[[str, str], str]) -> Config:
+    """Replaces recipes by the folders that their runs made."""
+    for block in ("student", "teacher"):
+        source = getattr(config, block)
+        if source.recipe:
+            path = make_model(source.recipe, config.cache_dir)
+            config = dataclasses.replace(config, **{block: dataclasses.replace(source, path=path, recipe="")})
+    return config
+
+
+def open_models(config: Config, resumed_from: pathlib.Path | None, mesh: Mesh) -> tuple[LoadedModel, LoadedModel | None]:
+    """Student and teacher with their vocabularies' padding rows masked. A resumed student comes without parameters."""
+    if resumed_from is not None:
+        student = model_io.read_description(resumed_from)
+    elif config.student.path:
+        student = model_io.open_model(config.student.path, mesh=mesh, dtype=jnp.float32)
+    else:
+        student = _random_student(config, mesh)
+    compute = {"compute_dtype": config.model.compute_dtype}
+    student = _prepare(student, student.tokenizer, "student.path", remat=config.model.remat, **compute)
+    if not config.teacher.path:
+        return student, None
+    dtype = jnp.dtype(config.model.compute_dtype)
+    teacher = teachers.open_teacher(config.teacher.path, student.tokenizer, mesh=mesh, dtype=dtype)
+    return student, _prepare(teacher, student.tokenizer, "teacher.path", **compute)
+
+
+def _prepare(model: LoadedModel, tokenizer: tokenizer_lib.Tokenizer, field: str, **settings) -> LoadedModel:
+    model = teachers.mask_padding(model, tokenizer, field=field)
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, **settings))
+
+
+def _random_student(config: Config, mesh: Mesh) -> LoadedModel:
+    tokenizer = tokenizer_lib.load(config.student.tokenizer)
+    fields = dataclasses.asdict(config.student.init) | {
+        "vocab_size": tokenizer.vocab_size,
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": list(tokenizer.eos_ids),
+        "pad_token_id": tokenizer.pad_id,
+    }
+    model_config = model_config_lib.from_hf(fields, where="student.init")
+    key = jax.random.fold_in(jax.random.key(config.seed), 0x1A17)
+    return LoadedModel(transformer.init(key, model_config, mesh=mesh), model_config, tokenizer)
+
+
+def fit_context(config: Config, student: LoadedModel, teacher: LoadedModel | None) -> Config:
+    """Lowers rollout.max_prompt_length to what the models' contexts leave room for."""
+    context = min(m.config.max_position_embeddings for m in (student, teacher) if m is not None)
+    new = config.rollout.max_new_tokens
+    if new >= context:
+        raise ConfigError(f"config field rollout.max_new_tokens = {new} must be below the context of the models, {context} tokens")
+    limit = min(config.rollout.max_prompt_length, context - new)
+    return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, max_prompt_length=limit))
+
+
+def _make_pipeline(config: Config, task: tasks.Task, tokenizer: tokenizer_lib.Tokenizer) -> Pipeline:
+    return Pipeline(
+        task.examples("train"),
+        tokenizer,
+        prompts_per_step=config.rollout.batch_size // config.rollout.group_size,
+        group_size=config.rollout.group_size,
+        seed=config.seed,
+        max_prompt_length=config.rollout.max_prompt_length,
+        overlong=config.rollout.overlong,
+    )
+
+
+def _restore(checkpoints, student, optimizer, mesh, digest: str, teacher_path: str) -> tuple[TrainState, int, dict]:
+    params = spec.abstract(transformer.param_specs(student.config), jnp.float32, mesh)
+    step, state, info = checkpoints.restore(learner.abstract_state(params, optimizer))
+    if info["teacher_hash"] != digest:
+        raise UserError(f"teacher.path = {teacher_path!r}: its weights are not those this run began with; restore them, or give another --workdir")
+    return state, step, info
+
+
+def make_evaluator(config: Config, mesh: Mesh, task: tasks.Task, student: LoadedModel, teacher: LoadedModel | None) -> Evaluator | None:
+    if not config.eval.prompts:
+        return None
+    held_out = task.examples("eval")
+    return Evaluator(
+        student=student,
+        teacher=teacher,
+        task=task,
+        examples=[held_out[i] for i in range(min(config.eval.prompts, len(held_out)))],
+        samples=config.eval.samples,
+        batch_size=config.eval.batch_size,
+        max_new_tokens=config.rollout.max_new_tokens,
+        max_prompt_length=config.rollout.max_prompt_length,
+        overlong=config.rollout.overlong,
+        seed=config.seed,
+        mesh=mesh,
+    )

@@ -1,0 +1,166 @@
+"""One update: microbatches, global denominators, clipping, AdamW, and a flag that keeps the state good when a gradient is not finite."""
+
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from opd_jax import config as config_lib
+from opd_jax import objective as objective_lib
+from opd_jax import parallel
+from opd_jax.models import transformer
+from opd_jax.models.config import ModelConfig
+from opd_jax.numerics.estimators import Context
+from opd_jax.numerics.token_stats import Target
+from opd_jax.types import TrainState, View
+
+
+@flax.struct.dataclass
+class Batch:
+    """One update's input: what each model reads, and what looks across rows, made before the microbatch split."""
+
+    student: View
+    teacher: View | None
+    context: Context
+    weights_BT: jax.Array
+    denominator: jax.Array
+
+
+def make_batch(objective: objective_lib.Objective, student: View, teacher: View | None, context: Context) -> Batch:
+    """Adds the weights and the global denominator of the objective's normaliser."""
+    weights_BT, denominator = objective_lib.normalise(objective, context)
+    return Batch(student, teacher, context, weights_BT, denominator)
+
+
+def make_schedule(settings: config_lib.Learner, steps: int) -> optax.Schedule:
+    """Learning rate as a function of the number of updates done."""
+    span = settings.decay_steps or steps
+    decay = max(span - settings.warmup_steps, 1)
+    peak, end = settings.learning_rate, settings.learning_rate * settings.final_fraction
+    after = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "linear": lambda: optax.linear_schedule(peak, end, decay),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, decay, alpha=settings.final_fraction),
+    }[settings.schedule]()
+    if not settings.warmup_steps:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, settings.warmup_steps), after], [settings.warmup_steps])
+
+
+def make_optimizer(settings: config_lib.Learner, steps: int) -> optax.GradientTransformation:
+    """AdamW behind clipping by the global norm; weight decay on matrices alone."""
+    adamw = optax.adamw(
+        make_schedule(settings, steps),
+        b1=settings.b1,
+        b2=settings.b2,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        mask=lambda params: jax.tree.map(lambda p: p.ndim >= 2, params),
+    )
+    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw) if settings.clip_norm else adamw
+
+
+def init_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first update; the optimizer's moments are born where their parameters lie."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(params, optimizer))
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+    step, finite = jax.device_put((jnp.int32(0), jnp.bool_(True)), (shardings.step, shardings.finite))
+    return TrainState(step, params, opt_state, finite)
+
+
+def abstract_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
+    """Shapes and shardings of the state for parameters, real or abstract: moments like their parameters, scalars on every device."""
+    first = jax.tree.leaves(params)[0].sharding
+    everywhere = NamedSharding(first.mesh, PartitionSpec()) if isinstance(first, NamedSharding) else first
+
+    def like(leaf, sharding):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    opt_state = optax.tree_map_params(
+        optimizer,
+        lambda moment, param: like(moment, param.sharding),
+        jax.eval_shape(optimizer.init, params),
+        params,
+        transform_non_params=lambda leaf: like(leaf, everywhere),
+    )
+    scalar = {dtype: jax.ShapeDtypeStruct((), dtype, sharding=everywhere) for dtype in (jnp.int32, jnp.bool_)}
+    return TrainState(scalar[jnp.int32], jax.tree.map(lambda p: like(p, p.sharding), params), opt_state, scalar[jnp.bool_])
+
+
+def make_update(
+    objective: objective_lib.Objective,
+    student_config: ModelConfig,
+    teacher_config: ModelConfig | None,
+    optimizer: optax.GradientTransformation,
+    *,
+    microbatches: int,
+    state: TrainState,
+) -> Callable:
+    """The jitted update (state, teacher_params, batch) -> (state, metrics). The state is donated; it comes back where it lay."""
+    update = _update_function(objective, student_config, teacher_config, optimizer, microbatches)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def gradient(objective, student_config, teacher_config, params, teacher_params, batch: Batch, *, microbatches: int = 1):
+    """(loss, sums of per-token statistics, gradient) of a batch, the same at any number of microbatches."""
+
+    def piece(micro: Batch):
+        target = None
+        if teacher_config is not None:
+            target = Target((jax.lax.stop_gradient(transformer.hidden(teacher_params, teacher_config, micro.teacher)),))
+
+        def loss(params):
+            head = transformer.hidden(params, student_config, micro.student)
+            return objective_lib.loss(objective, head, target, micro.student.completion_BT, micro.context, micro.weights_BT, micro.denominator)
+
+        (value, sums), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return value, sums, grads
+
+    if microbatches == 1:
+        return piece(batch)
+    pieces = _split(batch, microbatches)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(piece, jax.tree.map(lambda x: x[0], pieces)))
+    total, _ = jax.lax.scan(lambda total, micro: (jax.tree.map(jnp.add, total, piece(micro)), None), zeros, pieces)
+    return total
+
+
+def _split(batch: Batch, microbatches: int) -> Batch:
+    """[B, ...] -> [M, B/M, ...] with rows dealt out in turn, so that every microbatch lies across all devices."""
+
+    def deal(x):
+        if x.ndim == 0:
+            return jnp.broadcast_to(x, (microbatches,))
+        pieces = x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1)
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1:
+            return pieces
+        return parallel.constrain(pieces, None, "batch", *(None,) * (pieces.ndim - 2))
+
+    return jax.tree.map(deal, batch)
+
+
+def _update_function(objective, student_config, teacher_config, optimizer, microbatches):
+    def update(state: TrainState, teacher_params, batch: Batch) -> tuple[TrainState, dict]:
+        loss, sums, grads = gradient(
+            objective, student_config, teacher_config, state.params, teacher_params, batch, microbatches=microbatches
+        )
+        grad_norm = optax.tree.norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        # The host sees metrics one step late: until then a bad gradient, and what follows it, must leave the state as it was.
+        finite = state.finite & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        moved = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, finite)
+        state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state.replace(finite=finite))
+        return state, {"train/loss": loss, "train/grad_norm": grad_norm, **objective_lib.metrics(sums)}
+
+    return update
+
+
+def place(mesh: Mesh, batch: Batch) -> Batch:
+    """Rows of a batch over the batch axes of the mesh."""
+    scalar = parallel.replicate(batch.denominator, mesh)
+    rows = parallel.shard_batch(batch.replace(denominator=None), mesh)
+    return rows.replace(denominator=scalar)

@@ -1,0 +1,84 @@
+"""The only place where numerics meet config: which statistics, which estimator, which normaliser -> the loss of a batch."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from opd_jax.config import Config, ConfigError
+from opd_jax.numerics import estimators, masked
+from opd_jax.numerics.estimators import Context, Estimator
+from opd_jax.numerics.token_stats import Head, Signal, Stats, Target, token_stats
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """L = (1 / Z) sum_bt w_bt (loss of the estimator at b, t). Hashable: a static argument of jitted functions."""
+
+    estimator: Estimator
+    normaliser: str
+    max_length: int  # tokens, the divisor of normaliser="constant"
+    has_teacher: bool
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Statistics that the estimator uses, and those that the metrics show."""
+        shown = {"logp", "entropy"} | ({"target_logp", "kl"} if self.has_teacher else set())
+        return frozenset(shown | set(self.estimator.needs))
+
+
+def from_config(config: Config, *, has_teacher: bool) -> Objective:
+    """The objective of a validated config. Raises ConfigError for a signal or credit that does not exist or does not fit."""
+    signal, loss = config.signal, config.loss
+    try:
+        built = estimators.build(
+            Signal(
+                kind=signal.divergence,
+                support=signal.support,
+                beta=signal.beta,
+                student_temperature=loss.student_temperature,
+                teacher_temperature=loss.teacher_temperature,
+            ),
+            config.estimator.credit,
+            config.estimator.gamma,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return Objective(built, loss.normaliser, config.rollout.max_new_tokens, has_teacher)
+
+
+def normalise(objective: Objective, context: Context) -> tuple[jax.Array, jax.Array]:
+    """(weights [B, T], Z): made from the whole batch, before it is split."""
+    return masked.normaliser(objective.normaliser, context.mask_BT, max_length=objective.max_length)
+
+
+def loss(
+    objective: Objective,
+    student: Head,
+    target: Target | None,
+    tokens_BT: jax.Array,
+    context: Context,
+    weights_BT: jax.Array,
+    denominator: jax.Array,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(the share of these rows in the loss, masked sums for the metrics). Shares and sums of microbatches add up."""
+    stats = token_stats(student, target, tokens_BT, signal=objective.estimator.signal, needs=objective.needs)
+    term = objective.estimator.terms(stats, context)
+    loss_B = estimators.loss_B(stats, dataclasses.replace(term, mask_BT=term.mask_BT * weights_BT))
+    return jnp.sum(loss_B) / denominator, jax.lax.stop_gradient(_sums(stats, context))
+
+
+def _sums(stats: Stats, context: Context) -> dict[str, jax.Array]:
+    mask_BT = context.mask_BT
+    sums = {"tokens": jnp.sum(mask_BT, dtype=jnp.float32), "entropy": masked.masked_sum(stats.entropy_BT, mask_BT)}
+    if stats.kl_BT is not None:
+        sums["kl"] = masked.masked_sum(stats.kl_BT, mask_BT)
+        sums["log_ratio"] = masked.masked_sum(stats.target_logp_BT - stats.logp_BT, mask_BT)
+    return sums
+
+
+def metrics(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Means per token of the sums of a whole batch."""
+    tokens = jnp.maximum(sums["tokens"], 1.0)
+    names = {"kl": "train/reverse_kl", "log_ratio": "train/log_ratio_mean", "entropy": "rollout/entropy"}
+    return {"train/tokens": sums["tokens"]} | {name: sums[key] / tokens for key, name in names.items() if key in sums}

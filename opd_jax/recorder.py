@@ -1,0 +1,130 @@
+"""The run directory while a run is running: records one step late, samples, evaluations, checkpoints, and the last save."""
+
+import time
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from opd_jax.data.pipeline import Batch
+from opd_jax.job import Job
+from opd_jax.metrics import Progress
+from opd_jax.types import Rollout
+
+
+class Recorder:
+    """Owns the current state of a run, and what is on disk about it.
+
+    Device metrics are read one step late, so that the host never waits for the step it has just started. Where an evaluation or a
+    checkpoint needs them complete they are read at once: every record up to a checkpoint's step is on disk before the checkpoint.
+    """
+
+    def __init__(self, job: Job, progress: Progress):
+        self.job = job
+        self.state = job.state
+        self.step = job.step  # updates whose records are on disk
+        self._saved_step = job.step if job.resumed else None
+        self._info = dict(job.info)
+        self._progress = progress
+        self._pending: tuple[int, Batch, Rollout, dict] | None = None
+        self._clock = time.perf_counter()
+
+    def start(self) -> Iterator[dict]:
+        """Saves the initial state, and evaluates it unless that is on record."""
+        if self._saved_step is None:
+            self._save()
+        if self.step == 0 and self.job.evaluate is not None and not self.job.writer.has_record(0):
+            yield self._write({"step": 0, **self._evaluation()})
+
+    def record(self, step: int, prompts: Batch, completions: Rollout, measured: dict) -> Iterator[dict]:
+        """Takes what update number `step` gave, writes what is due, yields the records written."""
+        # Taken in before anything is yielded: whoever leaves the loop at a yield must not lose this step.
+        previous, self._pending = self._pending, (step, prompts, completions, measured)
+        if previous is not None:
+            yield self._complete(previous)
+        config = self.job.config
+        last = step == config.steps
+        evaluate = last or (config.eval.every > 0 and step % config.eval.every == 0)
+        save = last or step % config.checkpoint.every == 0
+        if evaluate or save:
+            pending, self._pending = self._pending, None
+            record = self._complete(pending, evaluate=evaluate)
+            if save:
+                self._save()
+            yield record
+
+    def close(self) -> None:
+        """Writes and saves what is not on disk yet. After an interrupt within an update the last checkpoint stands."""
+        try:
+            if self._pending is not None:
+                self._complete(self._pending)
+        finally:
+            intact = not any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state))
+            if intact and int(self.state.step) == self.step != self._saved_step:
+                self._save()
+            self._progress.close()
+
+    def _complete(self, pending: tuple[int, Batch, Rollout, dict], *, evaluate: bool = False) -> dict:
+        step, prompts, completions, measured = pending
+        record = {"step": step, **self._train_metrics(step, measured), **self._rollout_metrics(step, prompts, completions)}
+        record |= self._times(int(record["train/tokens"]))
+        self.step = step
+        return self._write(record | (self._evaluation() if evaluate else {}))
+
+    def _train_metrics(self, step: int, measured: dict) -> dict[str, float]:
+        values = {name: float(value) for name, value in measured.items()}
+        for name, value in values.items():
+            if not np.isfinite(value):
+                self._pending = None  # no update after this one changed the state
+                raise FloatingPointError(f"step {step}: {name} is {value}; the state before this update is saved")
+        if self.job.config.rollout.source != "student":  # these two are statements about the student's own completions
+            values = {name: value for name, value in values.items() if name not in ("train/reverse_kl", "train/log_ratio_mean")}
+        return values | {"train/learning_rate": float(self.job.schedule(step - 1))}
+
+    def _rollout_metrics(self, step: int, prompts: Batch, completions: Rollout) -> dict[str, float]:
+        config, tokenizer, task = self.job.config, self.job.student.tokenizer, self.job.task
+        mask_BT, tokens_BT = np.asarray(completions.mask_BT), np.asarray(completions.tokens_BT)
+        self._info["tokens_total"] += int(mask_BT.sum())
+        record = {
+            "rollout/length": float(mask_BT.sum(1).mean()),
+            "rollout/truncated_fraction": float(1 - np.asarray(completions.stopped_B).mean()),
+            "rollout/tokens_total": self._info["tokens_total"],
+        }
+        examples = [example for example in prompts.examples for _ in range(config.rollout.group_size)]
+        texts = [tokenizer.decode(tokens[mask].tolist()) for tokens, mask in zip(tokens_BT, mask_BT, strict=True)]
+        if task.verifiable and config.rollout.source != "dataset":
+            rewards = [task.verify(example, text).reward for example, text in zip(examples, texts, strict=True)]
+            record["rollout/reward"] = float(np.mean(rewards))
+        log = config.log
+        if log.samples_every and (step == 1 or step % log.samples_every == 0 or step == config.steps):
+            ids = [tokens[mask].tolist() for tokens, mask in zip(tokens_BT, mask_BT, strict=True)]
+            rows = zip(examples, texts, ids, strict=True)
+            samples = [{"step": step, "prompt": e.prompt, "completion": text, "token_ids": i} for e, text, i in rows]
+            self.job.writer.samples(samples[: log.samples])
+        return record
+
+    def _times(self, tokens: int) -> dict[str, float]:
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        self._info["seconds"] += seconds
+        return {"time/step_seconds": seconds, "time/total_seconds": self._info["seconds"], "rollout/tokens_per_second": tokens / seconds}
+
+    def _evaluation(self) -> dict[str, float]:
+        if self.job.evaluate is None:
+            return {}
+        self._progress.phase(f"evaluating after {self.step} updates")
+        start = time.perf_counter()
+        with jax.set_mesh(self.job.mesh):
+            values = self.job.evaluate(self.state.params)
+        self._clock = time.perf_counter()
+        return values | {"time/eval_seconds": self._clock - start}
+
+    def _write(self, record: dict) -> dict:
+        self.job.writer.write(record)
+        self._progress.update(record)
+        return record
+
+    def _save(self) -> None:
+        self.job.checkpoints.save(self.step, self.state.replace(finite=jnp.ones_like(self.state.finite)), self._info)
+        self._saved_step = self.step

@@ -1,0 +1,38 @@
+"""The teacher: its parameters, how it reads a rollout, and the hash by which a resumed run recognises it."""
+
+import dataclasses
+import hashlib
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from opd_jax import model_io
+from opd_jax.data import tokenizer as tokenizer_lib
+from opd_jax.model_io import LoadedModel
+from opd_jax.types import UserError
+
+
+def open_teacher(path: str, student_tokenizer: tokenizer_lib.Tokenizer, *, mesh: Mesh, dtype) -> LoadedModel:
+    """Loads a frozen teacher. Raises UserError when its tokenizer gives other ids than the student's."""
+    teacher = model_io.open_model(path, mesh=mesh, dtype=dtype)
+    tokenizer_lib.check_compatible(student_tokenizer, teacher.tokenizer)
+    return teacher
+
+
+def mask_padding(model: LoadedModel, tokenizer: tokenizer_lib.Tokenizer, *, field: str) -> LoadedModel:
+    """Masks the rows of a vocabulary that the tokenizer does not use (Qwen2.5 has 151,936 or 152,064 rows for the same ids)."""
+    rows, ids = model.config.vocab_size, tokenizer.vocab_size
+    if ids > rows:
+        raise UserError(f"{field}: the model has {rows} vocabulary rows, its tokenizer {ids} ids; give a model and tokenizer that belong together")
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, valid_vocab_size=ids))
+
+
+def content_hash(params: dict) -> str:
+    """Hex digest of names, shapes and bytes of a parameter tree, the same for any sharding."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

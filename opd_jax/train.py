@@ -1,0 +1,81 @@
+"""run(): the sentence prompt -> rollout -> score -> signal -> estimate -> update -> metrics, as a generator of step records."""
+
+import functools
+import hashlib
+import importlib.util
+import json
+import pathlib
+from collections.abc import Iterator
+
+import jax
+from ml_collections import ConfigDict
+
+from opd_jax import checkpoint, learner, parallel
+from opd_jax.cli import Interrupted, StopRequest
+from opd_jax.config import ConfigError
+from opd_jax.data.pipeline import Batch
+from opd_jax.job import Job, setup
+from opd_jax.metrics import Progress
+from opd_jax.numerics.estimators import Context
+from opd_jax.recorder import Recorder
+from opd_jax.types import Rollout, view
+
+
+def run(config: ConfigDict, workdir, *, stop: StopRequest | None = None, progress: Progress | None = None) -> Iterator[dict]:
+    """Starts or resumes a run and yields one record per step, `step` 0 first; what is yielded is already in metrics.jsonl.
+
+    Leaving the loop early saves the state. Raises UserError, before any work, for a config or workdir that cannot be used; Interrupted
+    once `stop` is set; FloatingPointError when a loss or gradient is not finite. The state is saved in each case.
+    """
+    progress = progress or Progress(quiet=True)
+    job = setup(config, workdir, make_model=functools.partial(make_model, stop=stop, progress=progress), progress=progress)
+    recorder = Recorder(job, progress)
+    try:
+        yield from recorder.start()
+        for step in range(job.step, job.config.steps):
+            if stop:
+                raise Interrupted(stop.signum)
+            with jax.set_mesh(job.mesh):
+                prompts = job.pipeline.batch(step)
+                completions = job.rollouts(recorder.state.params, prompts, step)
+                batch = make_batch(job, prompts, completions)
+                recorder.state, measured = job.update(recorder.state, job.teacher_params, batch)
+            yield from recorder.record(step + 1, prompts, completions, measured)
+    finally:
+        recorder.close()
+
+
+def make_batch(job: Job, prompts: Batch, completions: Rollout) -> learner.Batch:
+    """What student and teacher read for these completions, and what looks across rows."""
+    rows = parallel.shard_batch(prompts.prompts, job.mesh)
+    context = Context(mask_BT=completions.mask_BT, behaviour_logp_BT=completions.behaviour_logp_BT)
+    teacher_view = view(rows, completions) if job.teacher else None
+    return learner.place(job.mesh, learner.make_batch(job.objective, view(rows, completions), teacher_view, context))
+
+
+def make_model(recipe: str, cache_dir: str, *, stop: StopRequest | None = None, progress: Progress | None = None) -> str:
+    """Runs the config of a recipe, configs/FILE.py[:arg], to its end unless that is done; returns its run directory under `cache_dir`."""
+    config = load_config(recipe)
+    digest = hashlib.blake2b(json.dumps(config.to_dict(), sort_keys=True).encode(), digest_size=4).hexdigest()
+    name = recipe.removesuffix(".py").replace(".py:", "_").replace("/", "_").replace(",", "_")
+    workdir = pathlib.Path(cache_dir) / f"{name}_{digest}"
+    newest = checkpoint.latest_info(workdir / "checkpoints")
+    if newest is None or newest[0] < config.steps:
+        if progress is not None:
+            progress.phase(f"making {recipe} in {workdir} (once)")
+        for _ in run(config, workdir, stop=stop, progress=progress):
+            pass
+    return str(workdir)
+
+
+def load_config(name: str) -> ConfigDict:
+    """The ConfigDict of configs/FILE.py[:arg]; a relative path is looked up from here, then from the checkout."""
+    file, _, arg = name.partition(":")
+    candidates = [pathlib.Path(file), pathlib.Path(__file__).resolve().parents[1] / file]
+    path = next((p for p in candidates if p.is_file()), None)
+    if path is None:
+        raise ConfigError(f"recipe {name!r}: there is no file {file}; give the path of a config file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(arg or None)

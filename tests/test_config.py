@@ -1,0 +1,90 @@
+"""Config: unknown fields, types and ranges are refused with the field, the value and what is valid."""
+
+import dataclasses
+import re
+
+import pytest
+from ml_collections import ConfigDict
+
+from opd_jax import config
+from opd_jax.config import ConfigError
+
+
+def changed(**fields) -> ConfigDict:
+    c = config.default()
+    c.teacher.path = "somewhere"
+    for name, value in fields.items():
+        node = c
+        *blocks, last = name.split("__")
+        for block in blocks:
+            node = node[block]
+        with node.unlocked(), node.ignore_type():
+            node[last] = value
+    return c
+
+
+def test_defaults_round_trip():
+    c = config.default()
+    c.teacher.path = "somewhere"
+    parsed = config.parse(c)
+    assert dataclasses.asdict(parsed) == c.to_dict()
+    assert hash(parsed) == hash(config.parse(c))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rollout__bach_size": 4}, "config field rollout.bach_size does not exist; did you mean rollout.batch_size?"),
+        ({"rollout__batch_size": 4.5}, "config field rollout.batch_size = 4.5 has type float, it must be int"),
+        ({"rollout__batch_size": True}, "config field rollout.batch_size = True has type bool, it must be int"),
+        ({"rollout": 3}, "config field rollout = 3 must be a block with the fields source, "),
+        ({"rollout__batch_size": 0}, "config field rollout.batch_size = 0 must be at least 1"),
+        ({"rollout__group_size": 5}, "config field rollout.group_size = 5 must divide rollout.batch_size = 64"),
+        ({"learner__microbatches": 5}, "config field learner.microbatches = 5 must divide rollout.batch_size = 64"),
+        ({"mesh__data": 3}, "config field rollout.batch_size = 64 / learner.microbatches = 64 must be divisible by mesh.data * mesh.fsdp = 3"),
+        ({"rollout__top_p": 0.0}, "config field rollout.top_p = 0.0 must be above 0 and at most 1"),
+        ({"rollout__temperature": -1.0}, "config field rollout.temperature = -1.0 must be 0 or more"),
+        ({"loss__student_temperature": 0.0}, "config field loss.student_temperature = 0.0 must be above 0"),
+        ({"learner__learning_rate": float("nan")}, "config field learner.learning_rate = nan must be a finite number"),
+        ({"rollout__source": "teachr"}, "config field rollout.source = 'teachr' is not known; valid: student, teacher, dataset; did you mean teacher?"),
+        ({"loss__normaliser": "mean"}, "config field loss.normaliser = 'mean' is not known; valid: token_mean, sequence_mean"),
+        ({"teacher__path": ""}, "config field teacher.path = '' must name a model, because signal.divergence = 'reverse_kl' needs a teacher"),
+        ({"teacher__recipe": "x.py"}, "config field teacher.path = 'somewhere' and teacher.recipe = 'x.py' exclude each other"),
+        ({"checkpoint__keep": 1}, "config field checkpoint.keep = 1 must be at least 2"),
+        ({"seed": 2**31}, "config field seed = 2147483648 must be below 2**31"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else "+".join(value),
+)
+def test_refused_with_field_value_and_remedy(fields, message):
+    with pytest.raises(ConfigError, match="^" + re.escape(message)) as error:
+        config.parse(changed(**fields))
+    assert "\n" not in str(error.value)
+
+
+def test_every_field_has_a_comment_with_its_meaning():
+    text = open(config.__file__).read()
+    for cls in vars(config).values():
+        if dataclasses.is_dataclass(cls):
+            for field in dataclasses.fields(cls):
+                if not dataclasses.is_dataclass(field.type):
+                    assert re.search(rf"^    {field.name}: \w+ = .*  # \S", text, re.M), f"{cls.__name__}.{field.name} has no comment"
+
+
+def test_parse_arg():
+    declared = {"role": ("opd", "sft"), "tiny": False, "seed": 0}
+    assert config.parse_arg(None, **declared).to_dict() == {"role": "opd", "tiny": False, "seed": 0}
+    assert config.parse_arg("sft,tiny,seed=2", **declared).to_dict() == {"role": "sft", "tiny": True, "seed": 2}
+    assert config.parse_arg("role=sft", **declared).role == "sft"
+    for bad in ("tinny", "seed=x", "seed", "role=gkd"):
+        with pytest.raises(ConfigError, match=re.escape(bad.partition("=")[2] or bad)):
+            config.parse_arg(bad, **declared)
+
+
+def test_differences_name_what_a_resumed_run_may_not_change():
+    old, new = changed().to_dict(), changed().to_dict()
+    new["eval"]["every"], new["steps"] = 7, 200
+    assert config.differences(old, new) == []
+    new["seed"], new["rollout"]["batch_size"] = 1, 32
+    assert config.differences(old, new) == ["rollout.batch_size: 64 -> 32", "seed: 0 -> 1"]
+    new = changed().to_dict() | {"steps": 50}
+    assert config.differences(old, new) == ["steps: 100 -> 50"]
