@@ -44,7 +44,7 @@ class Evaluator:
         metrics = {}
         if self.task.verifiable:
             rewards_P = self._rewards(self._sample(params, self.student.config, GREEDY))[:, 0]
-            metrics |= with_interval("eval/accuracy", rewards_P)
+            metrics |= proportion("eval/accuracy", rewards_P)
         rollouts = self._sample(params, self.student.config, SAMPLED)
         if self.task.verifiable:
             metrics |= sampled_accuracy(self._rewards(rollouts))
@@ -143,6 +143,13 @@ def pass_at_k(samples: int, successes: int, k: int) -> float:
     if samples - successes < k:
         return 1.0
     return 1.0 - float(np.prod(1.0 - k / np.arange(samples - successes + 1, samples + 1)))
+
+
+def proportion(name: str, rewards_P: np.ndarray) -> dict[str, float]:
+    """Share of prompts with reward 1, with Wilson's 95% interval."""
+    successes = int((rewards_P >= 1.0).sum())
+    interval = scipy.stats.binomtest(successes, len(rewards_P)).proportion_ci(method="wilson")
+    return {name: successes / len(rewards_P), f"{name}_low": float(interval.low), f"{name}_high": float(interval.high)}
 
 
 def with_interval(name: str, values_P: np.ndarray) -> dict[str, float]:

@@ -1,0 +1,51 @@
+"""Tiny models and batches that several test files share."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from opd_jax.models import config as model_config
+from opd_jax.models import transformer
+from opd_jax.numerics.estimators import Context
+from opd_jax.types import Prompts, Rollout
+
+
+def tiny_config(vocab_size=17, **changes):
+    fields = {
+        "model_type": "llama",
+        "vocab_size": vocab_size,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+    }
+    return model_config.from_hf(fields | changes, where="tests")
+
+
+def tiny_model(seed=0, scale=8.0, **changes):
+    """(params, config) with larger weights than a fresh model has, so that distributions are far from uniform."""
+    config = tiny_config(**changes)
+    params = transformer.init(jax.random.key(seed), config)
+    return jax.tree.map(lambda p: p * scale if p.ndim >= 2 else p, params), config
+
+
+def ragged_prompts(rng, rows=8, width=6, vocab_size=17) -> Prompts:
+    lengths = rng.integers(1, width + 1, rows)
+    mask_BS = np.arange(width)[None, :] >= width - lengths[:, None]
+    tokens_BS = np.where(mask_BS, rng.integers(0, vocab_size, (rows, width)), 0)
+    return Prompts(jnp.asarray(tokens_BS, jnp.int32), jnp.asarray(mask_BS), jnp.arange(rows, dtype=jnp.uint32))
+
+
+def ragged_rollout(rng, rows=8, length=7, vocab_size=17) -> Rollout:
+    lengths = rng.integers(1, length + 1, rows)
+    mask_BT = jnp.asarray(np.arange(length)[None, :] < lengths[:, None])
+    tokens_BT = jnp.asarray(rng.integers(0, vocab_size, (rows, length)), jnp.int32)
+    zeros_BT = jnp.zeros((rows, length), jnp.float32)
+    return Rollout(jnp.where(mask_BT, tokens_BT, 0), mask_BT, zeros_BT, zeros_BT, jnp.arange(rows, dtype=jnp.uint32), jnp.ones(rows, bool))
+
+
+def context_of(rollout: Rollout) -> Context:
+    return Context(mask_BT=rollout.mask_BT, behaviour_logp_BT=rollout.behaviour_logp_BT)

@@ -1,0 +1,237 @@
+"""Runs, as a user starts them: records, resume bit for bit, refusals, interrupts, recipes."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from opd_jax import config as config_lib
+from opd_jax import job as job_lib
+from opd_jax import metrics, model_io, train
+from opd_jax.types import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CLOCK = ("time/", "per_second", "memory")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A run directory of a few SFT updates, used as a teacher."""
+    workdir = tmp_path_factory.mktemp("teacher") / "run"
+    config = sft_config()
+    list(train.run(config, workdir))
+    return workdir
+
+
+def sft_config():
+    c = config_lib.default()
+    c.task.level = 3
+    c.rollout.source, c.rollout.batch_size, c.rollout.max_new_tokens = "dataset", 8, 4
+    c.signal.divergence = "nll"
+    c.student.init.hidden_size, c.student.init.intermediate_size, c.student.init.num_hidden_layers = 16, 16, 1
+    c.steps, c.eval.prompts = 3, 0
+    return c
+
+
+def opd_config(teacher, steps=5):
+    c = sft_config()
+    c.seed = 7
+    c.teacher.path = str(teacher)
+    c.signal.divergence, c.rollout.source = "reverse_kl", "student"
+    c.steps, c.learner.decay_steps = steps, 5
+    c.rollout.group_size = 2
+    c.eval.prompts, c.eval.batch_size, c.eval.samples = 4, 8, 2
+    c.checkpoint.every, c.log.samples_every = 2, 2
+    return c
+
+
+def without_clock(records):
+    return [{k: v for k, v in record.items() if not any(word in k for word in CLOCK)} for record in records]
+
+
+def test_records_files_and_names(teacher, tmp_path):
+    records = list(train.run(opd_config(teacher), tmp_path / "run"))
+    assert [record["step"] for record in records] == [0, 1, 2, 3, 4, 5]
+    assert metrics.read(tmp_path / "run" / "metrics.jsonl") == records
+    for record in records[1:]:
+        assert set(record) <= set(metrics.GLOSSARY)
+        for name in ("train/loss", "train/grad_norm", "train/reverse_kl", "train/log_ratio_mean", "rollout/length", "rollout/entropy"):
+            assert math.isfinite(record[name])
+        assert record["train/loss"] == pytest.approx(record["train/reverse_kl"], rel=1e-5)
+    evaluated = [record["step"] for record in records if "eval/accuracy" in record and "eval/reverse_kl" in record]
+    assert evaluated == [0, 5]
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert {s["step"] for s in samples} == {1, 2, 4, 5}
+    assert set(samples[0]) == {"step", "prompt", "completion", "token_ids"}
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["rollout"]["batch_size"] == 8
+
+
+def test_leaving_early_and_resuming_equals_one_run(teacher, tmp_path):
+    whole = list(train.run(opd_config(teacher), tmp_path / "whole"))
+    for leave_after in (0, 1, 3, 4):
+        workdir = tmp_path / f"left_{leave_after}"
+        for record in train.run(opd_config(teacher), workdir):
+            if record["step"] == leave_after:
+                break
+        resumed = list(train.run(opd_config(teacher), workdir))
+        assert resumed[-1]["step"] == 5
+        records = metrics.read(workdir / "metrics.jsonl")
+        assert without_clock(records) == without_clock(whole)
+        assert_same_student(workdir, tmp_path / "whole")
+        assert (workdir / "samples.jsonl").read_text() == (tmp_path / "whole" / "samples.jsonl").read_text()
+
+
+def assert_same_student(a, b):
+    a, b = (jax.tree.leaves(model_io.open_model(str(path)).params) for path in (a, b))
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def test_rerun_of_a_finished_run_changes_nothing(teacher, tmp_path):
+    list(train.run(opd_config(teacher), tmp_path / "run"))
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert list(train.run(opd_config(teacher), tmp_path / "run")) == []
+    after = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert before == after
+
+
+def test_steps_may_grow_and_free_fields_may_change(teacher, tmp_path):
+    short = opd_config(teacher, steps=3)
+    short.eval.every = 1
+    list(train.run(short, tmp_path / "grown"))
+    list(train.run(opd_config(teacher), tmp_path / "grown"))
+    list(train.run(opd_config(teacher), tmp_path / "whole"))
+    assert_same_student(tmp_path / "grown", tmp_path / "whole")
+
+
+def test_another_config_is_refused_with_the_fields(teacher, tmp_path):
+    list(train.run(opd_config(teacher, steps=1), tmp_path / "run"))
+    other = opd_config(teacher)
+    other.seed, other.learner.learning_rate = 8, 0.5
+    with pytest.raises(UserError, match=r"learner.learning_rate: 0.001 -> 0.5; seed: 7 -> 8"):
+        next(train.run(other, tmp_path / "run"))
+
+
+def test_another_teacher_in_the_same_place_is_refused(teacher, tmp_path):
+    list(train.run(sft_config(), tmp_path / "teacher"))
+    list(train.run(opd_config(tmp_path / "teacher", steps=1), tmp_path / "run"))
+    longer = sft_config()
+    longer.steps, longer.learner.decay_steps = 4, 3
+    config = json.loads((tmp_path / "teacher" / "config.json").read_text())
+    config["learner"]["decay_steps"] = 3
+    (tmp_path / "teacher" / "config.json").write_text(json.dumps(config))
+    list(train.run(longer, tmp_path / "teacher"))
+    with pytest.raises(UserError, match="its weights are not those this run began with"):
+        next(train.run(opd_config(tmp_path / "teacher"), tmp_path / "run"))
+
+
+def test_lost_checkpoints_are_never_a_silent_fresh_start(teacher, tmp_path):
+    list(train.run(opd_config(teacher, steps=2), tmp_path / "run"))
+    for path in sorted((tmp_path / "run" / "checkpoints").rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    with pytest.raises(UserError, match="is empty, but metrics.jsonl shows updates"):
+        next(train.run(opd_config(teacher), tmp_path / "run"))
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_metric_and_keeps_the_state(teacher, tmp_path):
+    c = opd_config(teacher)
+    c.learner.learning_rate, c.learner.clip_norm, c.learner.warmup_steps = 1e30, 0.0, 0
+    with pytest.raises(FloatingPointError, match=r"step \d: train/\w+ is (nan|inf)"):
+        list(train.run(c, tmp_path / "run"))
+    leaves = jax.tree.leaves(model_io.open_model(str(tmp_path / "run")).params)
+    assert all(np.isfinite(np.asarray(leaf)).all() for leaf in leaves)
+    steps = [record["step"] for record in metrics.read(tmp_path / "run" / "metrics.jsonl")]
+    assert steps == list(range(len(steps)))
+
+
+@pytest.mark.parametrize("source", ["teacher", "dataset"])
+def test_sft_and_seqkd_are_the_same_trainer(teacher, tmp_path, source):
+    c = opd_config(teacher, steps=2)
+    c.rollout.source, c.signal.divergence = source, "nll"
+    records = list(train.run(c, tmp_path / "run"))
+    assert "train/reverse_kl" not in records[-1]  # a statement about the student's own completions
+    assert math.isfinite(records[-1]["eval/reverse_kl"])
+
+
+def test_training_lowers_the_loss(tmp_path):
+    c = sft_config()
+    c.steps, c.learner.learning_rate, c.rollout.batch_size, c.learner.schedule = 40, 1e-2, 32, "constant"
+    records = list(train.run(c, tmp_path / "run"))
+    assert records[-1]["train/loss"] < 0.6 * records[0]["train/loss"]
+
+
+def test_microbatches_change_memory_and_not_the_run(teacher, tmp_path):
+    c = opd_config(teacher, steps=2)
+    one = list(train.run(c, tmp_path / "one"))
+    c.learner.microbatches = 4
+    four = list(train.run(c, tmp_path / "four"))
+    assert four[-1]["train/loss"] == pytest.approx(one[-1]["train/loss"], rel=1e-4)
+
+
+def test_no_compilation_after_warm_up(teacher, tmp_path, caplog):
+    """Ragged prompts in one length bucket and ragged completions: the third step and those after it compile nothing."""
+    c = opd_config(teacher, steps=6)
+    c.learner.decay_steps = 6
+    c.eval.prompts, c.checkpoint.every = 0, 100
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        for record in train.run(c, tmp_path / "run"):
+            if record["step"] == 2:
+                caplog.clear()
+            if record["step"] == 5:
+                break
+        compiled = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling")]
+    assert compiled == []
+
+
+def script(name, *flags, **kwargs):
+    command = [sys.executable, str(ROOT / "experiments" / name), *flags]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, **kwargs)
+
+
+def interrupt_after(flags, workdir, records, signum=signal.SIGTERM):
+    """Starts train.py, sends the signal when metrics.jsonl has this many records, returns (status, stderr, steps on record)."""
+    process = subprocess.Popen([sys.executable, "experiments/train.py", *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    path = workdir / "metrics.jsonl"
+    while process.poll() is None and not (path.exists() and path.read_text().count("\n") >= records):
+        time.sleep(0.1)
+    process.send_signal(signum)
+    _, errors = process.communicate()
+    return process.returncode, errors, [record["step"] for record in metrics.read(path)]
+
+
+@pytest.mark.slow
+def test_sigterm_and_sigint_save_and_the_same_command_continues(teacher, tmp_path):
+    flags = ["--config=configs/quickstart.py:sft,tiny", f"--workdir={tmp_path}", f"--config.teacher.path={teacher}", "--config.teacher.recipe="]
+    flags += ["--config.student.recipe=", "--config.steps=1000000", "--config.eval.prompts=0", "--config.checkpoint.every=1000000"]
+    status, errors, first = interrupt_after(flags, tmp_path, 3)
+    assert status == 143, errors
+    assert "Traceback" not in errors
+    status, errors, steps = interrupt_after(flags, tmp_path, len(first) + 3, signal.SIGINT)
+    assert status == 130, errors
+    assert steps == list(range(1, steps[-1] + 1)) and steps[-1] > first[-1]
+    newest = max(int(entry.name.split(".")[0]) for entry in (tmp_path / "checkpoints").iterdir())
+    assert newest == steps[-1]
+
+
+@pytest.mark.slow
+def test_kill_at_any_moment_continues_bit_for_bit(teacher, tmp_path):
+    c = opd_config(teacher)
+    list(train.run(c, tmp_path / "whole"))
+    (tmp_path / "config.py").write_text(f"from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict({c.to_dict()!r})\n")
+    flags = [f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'killed'}"]
+    status, _, _ = interrupt_after(flags, tmp_path / "killed", 4, signal.SIGKILL)
+    assert status == -signal.SIGKILL
+    finished = script("train.py", *flags)
+    assert finished.returncode == 0, finished.stderr
+    assert without_clock(metrics.read(tmp_path / "killed" / "metrics.jsonl")) == without_clock(metrics.read(tmp_path / "whole" / "metrics.jsonl"))
+    assert_same_student(tmp_path / "killed", tmp_path / "whole")
