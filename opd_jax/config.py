@@ -30,6 +30,7 @@ class Architecture:
     num_key_value_heads: int = 4  # key and value heads; divides the query heads
     max_position_embeddings: int = 256  # tokens, prompt and completion together
     tie_word_embeddings: bool = True  # the unembedding is the embedding
+    initializer_range: float = 0.02  # standard deviation of the initial weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,7 +290,7 @@ def _check_range(flat: dict[str, Any]) -> None:
         _require(flat[name] < 2**31, name, flat[name], "must be below 2**31")
     for name, value in flat.items():
         _require(not isinstance(value, float) or math.isfinite(value), name, value, "must be a finite number")
-    for name in ("learner.learning_rate", "loss.student_temperature", "loss.teacher_temperature", "learner.eps"):
+    for name in ("learner.learning_rate", "loss.student_temperature", "loss.teacher_temperature", "learner.eps", "student.init.initializer_range"):
         _require(flat[name] > 0, name, flat[name], "must be above 0")
     for name in ("rollout.temperature", "learner.weight_decay", "learner.clip_norm"):
         _require(flat[name] >= 0, name, flat[name], "must be 0 or more")

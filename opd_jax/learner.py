@@ -51,7 +51,7 @@ def make_schedule(settings: config_lib.Learner, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(settings: config_lib.Learner, steps: int) -> optax.GradientTransformation:
-    """AdamW behind clipping by the global norm; weight decay on matrices alone."""
+    """AdamW behind clipping by the global norm; weight decay on weight matrices alone, not on norms and biases."""
     adamw = optax.adamw(
         make_schedule(settings, steps),
         b1=settings.b1,

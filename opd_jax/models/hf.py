@@ -1,0 +1,256 @@
+"""Hugging Face folders in and out: config.json and safetensors, tensor by tensor, bit for bit."""
+
+import json
+import math
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import traverse_util
+from jax.sharding import Mesh
+
+from opd_jax.models import config as config_lib
+from opd_jax.models import spec, transformer
+from opd_jax.models.config import ModelConfig
+from opd_jax.types import UserError
+
+MAX_FILE_BYTES = 5 * 10**9  # of one weights file; a model above it is written in several, with an index
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+# Our name inside a layer -> (its name in a checkpoint, how many leading axes of ours are inputs; None = stored as it is).
+# Linear weights lie there as [outputs, inputs], with the heads merged.
+_LAYER = {
+    "attention/norm": ("input_layernorm.weight", None),
+    "attention/q": ("self_attn.q_proj.weight", 1),
+    "attention/k": ("self_attn.k_proj.weight", 1),
+    "attention/v": ("self_attn.v_proj.weight", 1),
+    "attention/o": ("self_attn.o_proj.weight", 2),
+    "attention/q_bias": ("self_attn.q_proj.bias", None),
+    "attention/k_bias": ("self_attn.k_proj.bias", None),
+    "attention/v_bias": ("self_attn.v_proj.bias", None),
+    "attention/o_bias": ("self_attn.o_proj.bias", None),
+    "attention/q_norm": ("self_attn.q_norm.weight", None),
+    "attention/k_norm": ("self_attn.k_norm.weight", None),
+    "mlp/norm": ("post_attention_layernorm.weight", None),
+    "mlp/gate": ("mlp.gate_proj.weight", 1),
+    "mlp/up": ("mlp.up_proj.weight", 1),
+    "mlp/down": ("mlp.down_proj.weight", 1),
+    "mlp/gate_bias": ("mlp.gate_proj.bias", None),
+    "mlp/up_bias": ("mlp.up_proj.bias", None),
+    "mlp/down_bias": ("mlp.down_proj.bias", None),
+}
+_OUTSIDE = {"embed": ("model.embed_tokens.weight", None), "final_norm": ("model.norm.weight", None), "unembed": ("lm_head.weight", 1)}
+# A table of the rotary frequencies, which old checkpoints hold and config.json determines.
+_DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
+def local_folder(path_or_repo: str | pathlib.Path) -> pathlib.Path:
+    """The folder of a model: the path itself, or a snapshot of a Hugging Face repository (config, tokenizer and safetensors files only).
+
+    Raises UserError when there is no such folder and no such repository can be fetched.
+    """
+    path = pathlib.Path(path_or_repo)
+    if path.is_dir():
+        return path
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(path_or_repo)) or path.exists():
+        raise UserError(f"model {str(path_or_repo)!r}: is not a folder; give a Hugging Face folder or a repository id such as owner/name")
+    import huggingface_hub
+
+    try:
+        patterns = ["*.safetensors", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
+        return pathlib.Path(huggingface_hub.snapshot_download(str(path_or_repo), allow_patterns=patterns))
+    except Exception as error:  # the hub's client raises many types: offline, not found, gated, broken connection
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"model {str(path_or_repo)!r}: is neither a folder nor a repository that can be fetched ({reason}); correct the path"
+        ) from None
+
+
+def load(path_or_repo: str | pathlib.Path, *, mesh: Mesh | None = None, dtype=None) -> tuple[dict, ModelConfig]:
+    """(params, config) of a folder or hub id. Each tensor goes straight to its sharding; `dtype` None keeps what the files hold.
+
+    Raises UserError that names the file and the field or tensor: an unknown architecture, a field that is not implemented, a tensor that is
+    missing, unused, of another shape or of a type other than float32, bfloat16 and float16.
+    """
+    folder = local_folder(path_or_repo)
+    model_config = read_config(folder)
+    specs = traverse_util.flatten_dict(transformer.param_specs(model_config), sep="/")
+    files = _tensor_files(folder)
+    _check_names(folder, model_config, specs, files)
+    params = {}
+    for path, param in specs.items():
+        name, inputs = _name_in_file(path)
+        array = _read(files[name], name, _shape_in_file(param.shape, inputs))
+        if inputs is not None:
+            array = np.ascontiguousarray(array.T).reshape(param.shape)
+        params[path] = _place(array if dtype is None else array.astype(dtype), param, mesh)
+    return traverse_util.unflatten_dict(params, sep="/"), model_config
+
+
+def read_config(folder: pathlib.Path) -> ModelConfig:
+    """The ModelConfig of `folder`/config.json. Raises UserError."""
+    path = folder / "config.json"
+    return config_lib.from_hf(_read_json(path), where=str(path))
+
+
+def save(path: str | pathlib.Path, params: dict, model_config: ModelConfig, tokenizer: Any = None) -> None:
+    """Writes config.json and the weights, bit for bit, in the types they have; the tokenizer's files too when one is given.
+
+    A tied head stays tied: no lm_head is written. Weights files that were in the folder are replaced. Raises UserError when the folder
+    cannot be written.
+    """
+    folder = pathlib.Path(path)
+    arrays = traverse_util.flatten_dict(params, sep="/")
+    specs = traverse_util.flatten_dict(transformer.param_specs(model_config), sep="/")
+    assert {name: array.shape for name, array in arrays.items()} == {name: param.shape for name, param in specs.items()}, (
+        "params are not of config"
+    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in [*folder.glob("model-*-of-*.safetensors"), folder / _INDEX, folder / _SINGLE]:
+            old.unlink(missing_ok=True)
+        fields = config_lib.to_hf(model_config) | {"torch_dtype": str(arrays["embed"].dtype)}
+        (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+        _write_weights(folder, arrays)
+    except OSError as error:
+        raise UserError(f"folder {folder}: cannot be written ({error.strerror or error}); give another one") from None
+    if tokenizer is not None:
+        tokenizer.save(folder)
+
+
+# ---- names
+
+
+def _name_in_file(path: str) -> tuple[str, int | None]:
+    """`layers/3/mlp/up` -> ("model.layers.3.mlp.up_proj.weight", number of input axes)."""
+    if path in _OUTSIDE:
+        return _OUTSIDE[path]
+    _, layer, rest = path.split("/", 2)
+    name, inputs = _LAYER[rest]
+    return f"model.layers.{layer}.{name}", inputs
+
+
+def _shape_in_file(shape: tuple[int, ...], inputs: int | None) -> tuple[int, ...]:
+    return shape if inputs is None else (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
+
+
+def _check_names(folder: pathlib.Path, config: ModelConfig, specs: dict, files: dict[str, pathlib.Path]) -> None:
+    expected = {_name_in_file(path)[0] for path in specs}
+    missing = sorted(expected - files.keys())
+    if missing:
+        raise UserError(f"folder {folder}: tensor {_first(missing)} is missing from the weights; restore them, or correct config.json")
+    unused = {name for name in files.keys() - expected if not _DERIVED.fullmatch(name)}
+    if config.tie_word_embeddings and "lm_head.weight" in unused and _same_as_embedding(files):
+        unused.remove("lm_head.weight")
+    if unused:
+        raise UserError(
+            f"folder {folder}: tensor {_first(sorted(unused))} in the weights is not used by the model of config.json; correct one of them"
+        )
+
+
+def _first(names: list[str]) -> str:
+    return repr(names[0]) + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
+
+
+def _same_as_embedding(files: dict[str, pathlib.Path]) -> bool:
+    """Whether the head that a tied checkpoint also holds is the embedding."""
+    head, embedding = ("lm_head.weight", "model.embed_tokens.weight")
+    with _open(files[head]) as a, _open(files[embedding]) as b:
+        return np.array_equal(a.get_tensor(head), b.get_tensor(embedding))
+
+
+# ---- reading
+
+
+def _read_json(path: pathlib.Path) -> dict:
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: is missing; give the folder of a Hugging Face model") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); restore it") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: must hold a JSON object, not a {type(value).__name__}; restore it")
+    return value
+
+
+def _open(path: pathlib.Path):
+    try:
+        return safetensors.safe_open(path, framework="numpy")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read as safetensors ({error}); restore it") from None
+
+
+def _tensor_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Tensor name -> the file that holds it."""
+    if (folder / _SINGLE).is_file():
+        names = [_SINGLE]
+    elif (folder / _INDEX).is_file():
+        names = sorted(set(_read_json(folder / _INDEX).get("weight_map", {}).values()))
+    else:
+        raise UserError(f"folder {folder}: holds neither {_SINGLE} nor {_INDEX}; convert its weights to safetensors")
+    files = {}
+    for name in names:
+        with _open(folder / name) as file:
+            files |= dict.fromkeys(file.keys(), folder / name)
+    return files
+
+
+def _read(path: pathlib.Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    with _open(path) as file:
+        described = file.get_slice(name)
+        if tuple(described.get_shape()) != shape:
+            raise UserError(f"{path}: tensor {name!r} has shape {tuple(described.get_shape())}, but config.json asks for {shape}")
+        if described.get_dtype() not in _DTYPES:
+            raise UserError(f"{path}: tensor {name!r} is of type {described.get_dtype()}; valid: {', '.join(_DTYPES)}; convert it")
+        return file.get_tensor(name)
+
+
+def _place(array: np.ndarray, param: spec.ParamSpec, mesh: Mesh | None) -> jax.Array:
+    if mesh is None:
+        return jax.device_put(array)
+    sharding = spec.shardings({"": param}, mesh)[""]
+    return jax.make_array_from_callback(param.shape, sharding, lambda index: np.ascontiguousarray(array[index]))
+
+
+# ---- writing
+
+
+def _write_weights(folder: pathlib.Path, arrays: dict[str, jax.Array]) -> None:
+    groups = list(_groups(arrays))
+    weight_map = {}
+    for number, paths in enumerate(groups, start=1):
+        file = _SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        tensors = dict(_to_file(path, arrays[path]) for path in paths)
+        safetensors.numpy.save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+    if len(groups) > 1:
+        index = {"metadata": {"total_size": sum(a.nbytes for a in arrays.values())}, "weight_map": weight_map}
+        (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _groups(arrays: dict[str, jax.Array]) -> Iterator[list[str]]:
+    """Parameters in order, in groups of at most MAX_FILE_BYTES (or of one parameter above it)."""
+    group, size = [], 0
+    for path, array in arrays.items():
+        if group and size + array.nbytes > MAX_FILE_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(path)
+        size += array.nbytes
+    yield group
+
+
+def _to_file(path: str, array: jax.Array) -> tuple[str, np.ndarray]:
+    name, inputs = _name_in_file(path)
+    array = np.asarray(array)
+    if inputs is not None:
+        array = array.reshape(_shape_in_file(array.shape, inputs)[::-1]).T
+    return name, np.ascontiguousarray(array)

@@ -1,0 +1,226 @@
+"""The transformer against itself: cached and whole, sharded and not, rematerialised and not, and what each entry may see."""
+
+import dataclasses
+
+import hf_oracle
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from opd_jax import parallel
+from opd_jax.models import config as model_config
+from opd_jax.models import spec, transformer
+from opd_jax.types import View
+
+
+def make(name="qwen3", seed=0, **changes):
+    """(params, config) with weights large enough to be seen in the logits."""
+    config = dataclasses.replace(model_config.from_hf(hf_oracle.fields_of(name), where="test"), **changes)
+    params = transformer.init(jax.random.key(seed), config)
+    keys = jax.random.split(jax.random.key(seed + 1), len(jax.tree.leaves(params)))
+    keys = jax.tree.unflatten(jax.tree.structure(params), list(keys))
+    return jax.tree.map(lambda p, key: p + 0.2 * jax.random.normal(key, p.shape, p.dtype), params, keys), config
+
+
+def left_padded(rows, length, config, seed=0):
+    tokens_BL, mask_BL = hf_oracle.left_padded(rows, length, config.vocab_size, seed)
+    return jnp.asarray(tokens_BL, jnp.int32), jnp.asarray(mask_BL)
+
+
+def largest_difference(a, b):
+    return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(np.asarray(x, np.float32) - np.asarray(y, np.float32)).max()), a, b)))
+
+
+def head_logits(head):
+    return jnp.einsum("btd,dv->btv", head.hidden_BTD, head.unembed_DV)
+
+
+# ---- parameters
+
+
+def test_fresh_parameters_follow_their_specs():
+    config = model_config.from_hf(hf_oracle.fields_of("qwen3-biases") | {"initializer_range": 0.05}, where="test")
+    specs, params = transformer.param_specs(config), transformer.init(jax.random.key(0), config)
+    assert jax.tree.map(lambda p: p.shape, params) == jax.tree.map(lambda s: s.shape, specs)
+    assert spec.count(specs) == sum(leaf.size for leaf in jax.tree.leaves(params))
+    layer = params["layers"]["1"]
+    assert abs(float(layer["mlp"]["up"].std()) - 0.05) < 0.005
+    assert not layer["attention"]["q_bias"].any() and (layer["attention"]["q_norm"] == 1).all()
+    values = [leaf.ravel()[:8] for leaf in jax.tree.leaves(params) if leaf.ndim >= 2]
+    assert len({tuple(v.tolist()) for v in values}) == len(values)  # no two parameters share their draw
+    assert not any(leaf.ndim >= 2 for path, leaf in jax.tree.leaves_with_path(params) if "bias" in str(path) or "norm" in str(path))
+
+
+def test_fresh_parameters_are_the_same_on_any_mesh():
+    config = make()[1]
+    one = transformer.init(jax.random.key(3), config)
+    mesh = parallel.make_mesh(2, 2, 2)
+    eight = transformer.init(jax.random.key(3), config, mesh=mesh)
+    assert largest_difference(one, jax.device_get(eight)) == 0.0
+    shardings = spec.shardings(transformer.param_specs(config), mesh)
+    assert all(jax.tree.leaves(jax.tree.map(lambda p, s: p.sharding == s, eight, shardings)))
+    abstract = spec.abstract(transformer.param_specs(config), jnp.bfloat16, mesh)
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, s: a.sharding == s and a.dtype == jnp.bfloat16, abstract, shardings)))
+    assert largest_difference(one, transformer.init(jax.random.key(4), config)) > 0
+
+
+# ---- whole sequences
+
+
+def test_left_padding_changes_nothing():
+    params, config = make()
+    tokens_BL, _ = left_padded(3, 9, config)
+    plain = transformer.apply(params, config, tokens_BL)
+    padded_BL = jnp.pad(tokens_BL, ((0, 0), (5, 0)), constant_values=7)
+    padded = transformer.apply(params, config, padded_BL, mask_BL=jnp.arange(14)[None, :] >= jnp.full((3, 1), 5))
+    assert largest_difference(plain, padded[:, 5:]) < 1e-5
+
+
+@pytest.mark.parametrize("length", [10, 66])
+def test_no_logit_sees_a_later_token_or_padding(length):
+    """The gradient of the logits at one place with respect to the embeddings elsewhere is exactly zero after it, and not before it."""
+    params, config = make()
+    config = dataclasses.replace(config, vocab_size=length)  # one embedding per place
+    params = params | {"embed": jax.random.normal(jax.random.key(5), (length, config.hidden_size))}
+    place, padding = length - 6, 3
+    tokens_BL = jnp.arange(length, dtype=jnp.int32)[None, :]
+    mask_BL = tokens_BL >= padding
+
+    def square(embed):
+        return jnp.square(transformer.apply(params | {"embed": embed}, config, tokens_BL, mask_BL=mask_BL)[0, place]).sum()
+
+    seen_L = np.abs(np.asarray(jax.grad(square)(params["embed"]))).max(1) > 0
+    np.testing.assert_array_equal(seen_L, (np.arange(length) <= place) & (np.arange(length) >= padding))
+
+
+def test_jit_equals_no_jit():
+    params, config = make()
+    tokens_BL, mask_BL = left_padded(3, 7, config)
+    jitted = transformer.apply(params, config, tokens_BL, mask_BL=mask_BL)
+    with jax.disable_jit():
+        plain = transformer.apply(params, config, tokens_BL, mask_BL=mask_BL)
+    assert largest_difference(jitted, plain) < 1e-5
+
+
+def test_eight_devices_equal_one():
+    params, config = make()
+    tokens_BL, mask_BL = left_padded(8, 12, config)
+    one = transformer.apply(params, config, tokens_BL, mask_BL=mask_BL)
+    mesh = parallel.make_mesh(2, 2, 2)
+    params = jax.device_put(params, spec.shardings(transformer.param_specs(config), mesh))
+    with jax.set_mesh(mesh):
+        tokens_BL, mask_BL = parallel.shard_batch((tokens_BL, mask_BL), mesh)
+        eight = transformer.apply(params, config, tokens_BL, mask_BL=mask_BL)
+        _, cache = jax.jit(transformer.prefill, static_argnums=1, static_argnames="cache_length")(
+            params, config, tokens_BL, mask_BL, cache_length=16
+        )
+    assert largest_difference(one, eight) < 1e-4
+    assert len(eight.sharding.device_set) == 8
+    assert cache.keys_BKLH[0].addressable_shards[0].data.shape[0] == 2  # rows lie over data and fsdp
+
+
+def test_rematerialisation_changes_memory_alone():
+    params, config = make()
+    tokens_BL, mask_BL = left_padded(3, 7, config)
+
+    def loss(params, config):
+        return jnp.square(transformer.apply(params, config, tokens_BL, mask_BL=mask_BL)).mean()
+
+    again = dataclasses.replace(config, remat=True)
+    plain, repeated = (jax.value_and_grad(loss)(params, c) for c in (config, again))
+    assert largest_difference(plain, repeated) < 1e-5
+    repeats = [str(jax.make_jaxpr(jax.grad(loss), static_argnums=1)(params, c)).count("remat") for c in (config, again)]
+    assert repeats[0] == 0 and repeats[1] >= config.num_layers
+
+
+def test_bfloat16_compute_with_float32_parameters():
+    params, config = make()
+    half = dataclasses.replace(config, compute_dtype="bfloat16")
+    tokens_BL, mask_BL = left_padded(3, 7, config)
+    exact, rough = (transformer.apply(params, c, tokens_BL, mask_BL=mask_BL) for c in (config, half))
+    assert rough.dtype == jnp.float32
+    assert 1e-4 < largest_difference(exact, rough) / float(jnp.abs(exact).max()) < 0.05
+    grads = jax.grad(lambda p: transformer.apply(p, half, tokens_BL, mask_BL=mask_BL).sum())(params)
+    assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype(jnp.float32)}
+    jaxpr = str(jax.make_jaxpr(lambda p: transformer.apply(p, half, tokens_BL))(params))
+    products = [line for line in jaxpr.splitlines() if "dot_general[" in line]
+    assert len(products) == 9 * config.num_layers + 1 and all("f32[" in line.split("=")[0] for line in products)
+
+
+# ---- generation
+
+
+@pytest.mark.parametrize("name", ["llama-biases", "llama-llama3", "qwen2-tied", "qwen3"])
+@pytest.mark.parametrize("total", [12, 70])
+def test_cached_decoding_equals_the_whole_forward_pass(name, total):
+    params, config = make(name)
+    prompt = total - 6
+    tokens_BL, mask_BL = left_padded(4, total, config)
+    mask_BL = mask_BL.at[:, prompt - 1 :].set(True)
+    whole_BLV = transformer.apply(params, config, tokens_BL, mask_BL=mask_BL)
+    logits_BV, cache = transformer.prefill(params, config, tokens_BL[:, :prompt], mask_BL[:, :prompt], cache_length=total + 3)
+    step = jax.jit(transformer.decode_step, static_argnums=1)
+    assert logits_BV.dtype == jnp.float32
+    assert largest_difference(logits_BV, whole_BLV[:, prompt - 1]) < 1e-4
+    for place in range(prompt, total):
+        logits_BV, cache = step(params, config, tokens_BL[:, place], cache)
+        assert largest_difference(logits_BV, whole_BLV[:, place]) < 1e-4
+    np.testing.assert_array_equal(cache.position_B, mask_BL.sum(1))
+    assert int(cache.index) == total and step._cache_size() == 1
+    assert cache.keys_BKLH[0].shape == (4, config.num_kv_heads, total + 3, config.head_dim)
+
+
+def test_padding_rows_of_the_vocabulary():
+    """They are never sampled and have no mass in the loss; apply() shows them as they are."""
+    params, config = make("llama")
+    padded = dataclasses.replace(config, valid_vocab_size=40)
+    tokens_BL, mask_BL = left_padded(2, 5, config)
+    assert largest_difference(*(transformer.apply(params, c, tokens_BL) for c in (config, padded))) == 0.0
+    logits_BV, cache = transformer.prefill(params, padded, tokens_BL, mask_BL, cache_length=7)
+    next_BV, _ = transformer.decode_step(params, padded, tokens_BL[:, 0], cache)
+    for logits in (logits_BV, next_BV):
+        assert np.isneginf(logits[:, 40:]).all() and np.isfinite(logits[:, :40]).all()
+    view = View(tokens_BL[:, :2], mask_BL[:, :2], tokens_BL[:, 2:])
+    np.testing.assert_array_equal(transformer.hidden(params, padded, view).valid_V, np.arange(43) < 40)
+    assert transformer.hidden(params, config, view).valid_V is None
+
+
+def test_bfloat16_cache():
+    params, config = make(compute_dtype="bfloat16")
+    tokens_BL, mask_BL = left_padded(2, 6, config)
+    _, cache = transformer.prefill(params, config, tokens_BL, mask_BL, cache_length=8)
+    _, after = transformer.decode_step(params, config, tokens_BL[:, 0], cache)
+    assert cache.keys_BKLH[0].dtype == after.keys_BKLH[0].dtype == after.values_BKLH[1].dtype == jnp.bfloat16
+
+
+# ---- the shift
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+def test_hidden_is_aligned_with_the_completion(name):
+    """Entry t predicts token t of the completion, for every row's own prompt length and padding."""
+    params, config = make(name)
+    prompt_BS, prompt_mask_BS = left_padded(4, 6, config)
+    completion_BT, _ = left_padded(4, 5, config, seed=9)
+    head = transformer.hidden(params, config, View(prompt_BS, prompt_mask_BS, completion_BT))
+    assert head.hidden_BTD.shape == (4, 5, config.hidden_size) and head.softcap is None
+    logits_BTV = head_logits(head)
+    for row in range(4):
+        prompt_S = prompt_BS[row][np.asarray(prompt_mask_BS[row])]
+        for t in range(5):
+            read = jnp.concatenate([prompt_S, completion_BT[row, :t]])[None, :]
+            alone_V = transformer.apply(params, config, read)[0, -1]
+            assert largest_difference(logits_BTV[row, t], alone_V) < 1e-4
+
+
+def test_models_with_different_prompts_stay_aligned():
+    params, config = make()
+    completion_BT, _ = left_padded(3, 5, config, seed=9)
+    prompt_BS, mask_BS = left_padded(3, 4, config)
+    short = transformer.hidden(params, config, View(prompt_BS, mask_BS, completion_BT))
+    wide_BS, wide_mask_BS = jnp.pad(prompt_BS, ((0, 0), (7, 0)), constant_values=2), jnp.pad(mask_BS, ((0, 0), (7, 0)))
+    wide = transformer.hidden(params, config, View(wide_BS, wide_mask_BS, completion_BT))
+    assert largest_difference(short.hidden_BTD, wide.hidden_BTD) < 1e-5
+    longer = transformer.hidden(params, config, View(wide_BS, jnp.ones_like(wide_mask_BS), completion_BT))
+    assert longer.hidden_BTD.shape == short.hidden_BTD.shape and largest_difference(short.hidden_BTD, longer.hidden_BTD) > 1e-2
