@@ -9,11 +9,11 @@ import shutil
 import _checkout  # noqa: F401
 from absl import flags
 
-from opd_jax import cli, model_io
+from opd_jax import cli
 from opd_jax.models import hf, prune
 from opd_jax.types import UserError
 
-TEACHER = flags.DEFINE_string("teacher", None, "Hugging Face folder or hub id, or a run directory.")
+TEACHER = flags.DEFINE_string("teacher", None, "Hugging Face folder or hub id.")
 KEEP = flags.DEFINE_list("keep", None, "Layers to keep, counted from 0, rising.")
 OUT = flags.DEFINE_string("out", None, "Folder to write; must not exist, or be empty.")
 flags.mark_flags_as_required(["teacher", "keep", "out"])
@@ -31,14 +31,14 @@ def main(argv: list[str]) -> None:
         keep = tuple(int(layer) for layer in KEEP.value)
     except ValueError:
         raise UserError(f"--keep={','.join(KEEP.value)}: must be layer numbers with commas between them, such as 0,1,3") from None
-    teacher = model_io.open_model(TEACHER.value)
-    params, config = prune.keep_layers(teacher.params, teacher.config, keep)
+    source = hf.local_folder(TEACHER.value)
+    params, teacher_config = hf.load(source)
+    params, config = prune.keep_layers(params, teacher_config, keep)
     hf.save(out, params, config)
-    source = pathlib.Path(TEACHER.value, "model") if model_io.is_run_directory(TEACHER.value) else hf.local_folder(TEACHER.value)
     for name in COMPANIONS.split():
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
-    print(f"wrote {out}: layers {','.join(KEEP.value)} of {teacher.config.num_layers}")
+    print(f"wrote {out}: layers {','.join(KEEP.value)} of {teacher_config.num_layers}")
 
 
 if __name__ == "__main__":

@@ -160,11 +160,11 @@ def test_cached_decoding_equals_the_whole_forward_pass(name, total):
     mask_BL = mask_BL.at[:, prompt - 1 :].set(True)
     whole_BLV = transformer.apply(params, config, tokens_BL, mask_BL=mask_BL)
     logits_BV, cache = transformer.prefill(params, config, tokens_BL[:, :prompt], mask_BL[:, :prompt], cache_length=total + 3)
-    step = jax.jit(transformer.decode_step, static_argnums=1)
+    step = jax.jit(lambda params, tokens_B, cache: transformer.decode_step(params, config, tokens_B, cache))
     assert logits_BV.dtype == jnp.float32
     assert largest_difference(logits_BV, whole_BLV[:, prompt - 1]) < 1e-4
     for place in range(prompt, total):
-        logits_BV, cache = step(params, config, tokens_BL[:, place], cache)
+        logits_BV, cache = step(params, tokens_BL[:, place], cache)
         assert largest_difference(logits_BV, whole_BLV[:, place]) < 1e-4
     np.testing.assert_array_equal(cache.position_B, mask_BL.sum(1))
     assert int(cache.index) == total and step._cache_size() == 1

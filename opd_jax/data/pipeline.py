@@ -1,0 +1,117 @@
+"""Batches of prompts as a pure function of (seed, step), so that a resumed run reads what it would have read; shuffling by grain."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+
+import grain
+import numpy as np
+
+from opd_jax.data.tasks import Example
+from opd_jax.data.tokenizer import Tokenizer
+from opd_jax.types import Prompts, UserError
+
+# Prompt widths are multiples of this, so that ragged prompts compile few programs.
+BUCKET = 16
+# A finite data set of at most this many prompts is checked before the first step.
+CHECKED_AT_ONCE = 100_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """The prompts of one step, as NumPy arrays: each example's prompt stands in `group_size` rows that follow each other."""
+
+    examples: list[Example]  # P
+    prompts: Prompts  # B = P * G rows
+    truncated: int  # prompts that lost their first tokens
+
+
+class Pipeline:
+    """`batch(step)` for any step, in any order. With several processes each gets its slice of every step's examples."""
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        tokenizer: Tokenizer,
+        *,
+        prompts_per_step: int,
+        group_size: int,
+        seed: int,
+        max_prompt_length: int,
+        overlong: str = "refuse",
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        if not len(examples):
+            raise UserError("the task has no training examples; give more data, or lower task.eval_size")
+        if prompts_per_step % process_count:
+            raise UserError(f"{prompts_per_step} prompts per step cannot be split over {process_count} processes; change rollout.batch_size")
+        self._tokenizer, self._group_size = tokenizer, group_size
+        self._limits = {"max_prompt_length": max_prompt_length, "overlong": overlong}
+        self._per_step, self._process = prompts_per_step, (process_index, process_count)
+        self._size = len(examples)
+        self._order = grain.MapDataset.source(examples).seed(seed).shuffle().repeat()
+        if len(examples) <= CHECKED_AT_ONCE:
+            for example in examples:
+                encode_prompt(example.prompt, tokenizer, **self._limits)
+
+    def batch(self, step: int) -> Batch:
+        """The batch of update number `step` (from 0)."""
+        examples = [self._order[step * self._per_step + i] for i in range(self._per_step)]
+        occurrences = _occurrences([example.id for example in examples])
+        index, count = self._process
+        mine = slice(index * self._per_step // count, (index + 1) * self._per_step // count)
+        # A prompt that comes twice in one step (few prompts, large batch) must not draw the same completion twice.
+        ids = [(example.id + self._size * seen) for example, seen in zip(examples, occurrences, strict=True)]
+        rollout_ids = [i * self._group_size + g for i in ids[mine] for g in range(self._group_size)]
+        rows = [example.prompt for example in examples[mine] for _ in range(self._group_size)]
+        prompts, truncated = encode_prompts(rows, self._tokenizer, ids=rollout_ids, **self._limits)
+        return Batch(examples[mine], prompts, truncated // self._group_size)
+
+
+def _occurrences(ids: list[int]) -> list[int]:
+    seen: Counter[int] = Counter()
+    counts = []
+    for i in ids:
+        counts.append(seen[i])
+        seen[i] += 1
+    return counts
+
+
+def encode_prompt(text: str, tokenizer: Tokenizer, *, max_prompt_length: int, overlong: str) -> tuple[list[int], bool]:
+    """(ids of a prompt, whether it was truncated). One beyond the limit is refused, or loses its first tokens. Raises UserError."""
+    ids = tokenizer.encode_prompt(text)
+    if not ids:
+        raise UserError(f"the prompt {text!r} has no tokens, and the tokenizer has no beginning-of-sequence token to start from; give a prompt")
+    if len(ids) > max_prompt_length:
+        if overlong == "refuse":
+            raise UserError(
+                f"a prompt has {len(ids)} tokens, at most {max_prompt_length} fit (rollout.max_prompt_length, and the context of the models less "
+                f"rollout.max_new_tokens): {text[:40]!r}...; raise the limit, or set rollout.overlong=truncate"
+            )
+        return ids[-max_prompt_length:], True
+    return ids, False
+
+
+def encode_prompts(
+    texts: Sequence[str], tokenizer: Tokenizer, *, ids: Sequence[int], max_prompt_length: int, overlong: str
+) -> tuple[Prompts, int]:
+    """(left-padded Prompts as NumPy arrays, how many were truncated). The width is a multiple of BUCKET; `ids` are the rollouts' ids."""
+    rows, cut = zip(*(encode_prompt(text, tokenizer, max_prompt_length=max_prompt_length, overlong=overlong) for text in texts), strict=True)
+    width = -(-max(map(len, rows)) // BUCKET) * BUCKET
+    mask_BS = np.arange(width)[None, :] >= width - np.array([len(row) for row in rows])[:, None]
+    tokens_BS = np.full(mask_BS.shape, tokenizer.pad_id, np.int32)
+    tokens_BS[mask_BS] = np.concatenate(rows)
+    return Prompts(tokens_BS, mask_BS, np.array(ids, np.uint64).astype(np.uint32)), sum(cut)
+
+
+def encode_completions(texts: Sequence[str], tokenizer: Tokenizer, *, max_new_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(tokens [B, T], mask [B, T], stopped [B]) of texts with a stop token after them; what exceeds T is cut off."""
+    stop = list(tokenizer.eos_ids[:1])
+    rows = [tokenizer.encode(text) + stop for text in texts]
+    stopped_B = np.array([len(row) <= max_new_tokens for row in rows])
+    rows = [row[:max_new_tokens] for row in rows]
+    mask_BT = np.arange(max_new_tokens)[None, :] < np.array([len(row) for row in rows])[:, None]
+    tokens_BT = np.full(mask_BT.shape, tokenizer.pad_id, np.int32)
+    tokens_BT[mask_BT] = np.concatenate(rows)
+    return tokens_BT, mask_BT, stopped_B

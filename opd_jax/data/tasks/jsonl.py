@@ -1,0 +1,70 @@
+"""A user's file: one JSON object per line with `prompt`, optionally `answer` (to verify) and `solution` (to learn from)."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+
+from opd_jax.data.tasks import Example, Verdict
+from opd_jax.types import UserError
+
+FIELDS = ("prompt", "answer", "solution")
+
+
+@dataclasses.dataclass(frozen=True)
+class Jsonl:
+    train: tuple[Example, ...]
+    held_out: tuple[Example, ...]
+    verifiable: bool  # every line has an answer
+    name = "jsonl"
+
+    def examples(self, split: str) -> Sequence[Example]:
+        return {"train": self.train, "eval": self.held_out}[split]
+
+    def verify(self, example: Example, text: str) -> Verdict:
+        """Exact match with `answer`, up to white space at the ends."""
+        if text.strip() == example.answer.strip():
+            return Verdict(1.0)
+        return Verdict(0.0, f"the answer is {text.strip()[:80]!r}, it should be {example.answer.strip()!r}")
+
+
+def read(path: str, *, train_size: int, eval_size: int) -> Jsonl:
+    """Reads a file; the last `eval_size` lines are held out, `train_size` (0: all) of the others are trained on. Raises UserError."""
+    if not path:
+        raise UserError("config field task.path = '' must name a file of lines with `prompt` for task.name = 'jsonl'")
+    try:
+        lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"task.path = {path!r}: is not UTF-8 at byte {error.start}; convert the file") from None
+    except OSError as error:
+        raise UserError(f"task.path = {path!r}: cannot be read ({error.strerror}); give a file of lines with `prompt`") from None
+    examples = [_example(path, number, line, index) for index, (number, line) in enumerate(_filled(lines))]
+    if not examples:
+        raise UserError(f"task.path = {path!r}: has no lines; give a file of lines with `prompt`")
+    train, held_out = examples[: len(examples) - eval_size], examples[len(examples) - eval_size :]
+    if len(examples) <= eval_size or len(train) < train_size:
+        raise UserError(
+            f"task.path = {path!r}: has {len(examples)} examples, too few for task.eval_size = {eval_size} and task.train_size = {train_size}; "
+            "lower them"
+        )
+    return Jsonl(tuple(train[: train_size or None]), tuple(held_out), all(example.answer is not None for example in examples))
+
+
+def _filled(lines: list[str]) -> list[tuple[int, str]]:
+    return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def _example(path: str, number: int, line: str, index: int) -> Example:
+    where = f"task.path = {path!r}, line {number}"
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: is not JSON ({error}); write one object per line") from None
+    if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
+        raise UserError(f"{where}: has no `prompt` text; write {{\"prompt\": ...}}, optionally with answer and solution")
+    for name in FIELDS[1:]:
+        value = fields.get(name)
+        if value is not None and not isinstance(value, str | int | float):
+            raise UserError(f"{where}: `{name}` is {type(value).__name__}, it must be text or a number")
+    answer, solution = (None if fields.get(name) is None else str(fields[name]) for name in FIELDS[1:])
+    return Example(id=index, prompt=fields["prompt"], solution=solution if solution is not None else answer, answer=answer)

@@ -1,0 +1,152 @@
+"""Tokenizers: Hugging Face folders, and a byte tokenizer that is itself one. Text in, ids out, and back."""
+
+import functools
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+from opd_jax.types import UserError
+
+# Text on which two tokenizers that are called the same are most likely to differ.
+PROBES = (
+    "The quick brown fox, 3.14159 + 27 = 1234567890!",
+    "  leading spaces\ttabs\n\nnewlines  ",
+    "naïve café, Straße, 東京, Ελληνικά, 🙂",
+    "def f(x):\n    return x**2  # <think> </think> <|im_start|> <|im_end|> <|endoftext|> </s>",
+)
+
+
+class Tokenizer:
+    """One fast Hugging Face tokenizer with what a rollout needs to know: stop ids, padding, and whether prompts begin with bos."""
+
+    def __init__(self, fast: Any, *, eos_ids: Iterable[int], adds_bos: bool):
+        self._fast = fast
+        self.bos_id: int | None = fast.bos_token_id
+        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(eos_ids))
+        self.pad_id: int = fast.pad_token_id if fast.pad_token_id is not None else (self.eos_ids[0] if self.eos_ids else 0)
+        self.adds_bos = adds_bos
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """The highest id plus one; models may have more rows, as padding."""
+        return max(self._fast.get_vocab().values()) + 1
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text in the middle of a sequence: no special tokens are added."""
+        return self._fast.encode(text, add_special_tokens=False)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text at the beginning of a sequence: with bos where this tokenizer begins sequences with it."""
+        return ([self.bos_id] if self.adds_bos else []) + self.encode(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text without special tokens; bytes that are no UTF-8 become replacement characters."""
+        return self._fast.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def vocabulary(self) -> dict[str, int]:
+        return self._fast.get_vocab()
+
+    def save(self, path: str | pathlib.Path) -> None:
+        """Writes the files that `load`, and transformers, read back to the same tokenizer and stop ids."""
+        folder = pathlib.Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._fast.save_pretrained(folder)
+        settings = folder / "tokenizer_config.json"
+        fields = json.loads(settings.read_text(encoding="utf-8")) | {"add_bos_token": self.adds_bos}
+        settings.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        eos = self.eos_ids[0] if len(self.eos_ids) == 1 else list(self.eos_ids)
+        ids = {"bos_token_id": self.bos_id, "eos_token_id": eos or None, "pad_token_id": self.pad_id}
+        (folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
+
+    def fingerprint(self) -> str:
+        """Hex digest of the vocabulary, the special ids and the encodings of PROBES."""
+        facts = [sorted(self.vocabulary().items()), self.eos_ids, self.bos_id, self.adds_bos, [self.encode(text) for text in PROBES]]
+        return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+
+
+def load(path_or_repo: str) -> Tokenizer:
+    """The tokenizer "byte", of a Hugging Face folder, or of a hub id. Raises UserError. Code in the folder is never run."""
+    if path_or_repo == "byte":
+        return byte()
+    import transformers
+
+    folder = pathlib.Path(path_or_repo)
+    if not folder.is_dir() and (folder.is_absolute() or str(path_or_repo).startswith(".") or folder.exists()):
+        raise UserError(f"tokenizer {path_or_repo}: is not a folder; give a Hugging Face folder, a hub id, or 'byte'")
+    try:
+        fast = transformers.AutoTokenizer.from_pretrained(path_or_repo, trust_remote_code=False)
+    except Exception as error:  # transformers, huggingface_hub and tokenizers raise many types for a folder they cannot read
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"tokenizer {path_or_repo}: cannot be loaded ({reason}); give a folder with tokenizer.json") from None
+    settings = _read_json(folder / "tokenizer_config.json")
+    begins = fast.encode("a", add_special_tokens=True)[:1] == [fast.bos_token_id]
+    adds_bos = fast.bos_token_id is not None and bool(settings.get("add_bos_token", begins))
+    return Tokenizer(fast, eos_ids=_stop_ids(folder, fast), adds_bos=adds_bos)
+
+
+def _stop_ids(folder: pathlib.Path, fast: Any) -> list[int]:
+    """Every id that ends a completion: those of generation_config.json, config.json and the tokenizer itself."""
+    found = []
+    for name in ("generation_config.json", "config.json"):
+        value = _read_json(folder / name).get("eos_token_id")
+        found += value if isinstance(value, list) else [value]
+    found.append(fast.eos_token_id)
+    return [int(i) for i in found if i is not None]
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}); download the folder again") from None
+    return fields if isinstance(fields, dict) else {}
+
+
+@functools.cache
+def byte() -> Tokenizer:
+    """Ids 0 to 255 are the bytes of UTF-8; <bos> 256, <eos> 257, <pad> 258. Saved, it is an ordinary tokenizer.json."""
+    import tokenizers
+    import transformers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    core = tokenizers.Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(_byte_characters())}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(["<bos>", "<eos>", "<pad>"])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+    return Tokenizer(fast, eos_ids=[fast.eos_token_id], adds_bos=False)
+
+
+def _byte_characters() -> list[str]:
+    """The printable character by which byte-level tokenizers write each byte: itself, or one from 256 on for those that do not print."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = iter(range(256, 512))
+    return [chr(i) if i in printable else chr(next(others)) for i in range(256)]
+
+
+def check_compatible(student: Tokenizer, teacher: Tokenizer) -> None:
+    """Refuses a teacher whose ids mean something else than the student's. The sizes of padded vocabularies are not compared."""
+    ours, theirs = student.vocabulary(), teacher.vocabulary()
+    for token, index in ours.items():
+        if theirs.get(token, index) != index:
+            raise UserError(
+                f"teacher.path: its tokenizer gives token {token!r} the id {theirs[token]}, the student's gives {index}; "
+                "distillation by token ids needs one tokenizer: choose a teacher of the student's family"
+            )
+    for text in PROBES:
+        a, b = student.encode(text), teacher.encode(text)
+        if a != b:
+            at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+            raise UserError(
+                f"teacher.path: its tokenizer splits {text[:40]!r} differently from token {at} on ({b[at : at + 3]} instead of {a[at : at + 3]}); "
+                "choose a teacher of the student's family"
+            )
+    if not set(student.eos_ids) & set(teacher.eos_ids) and (student.eos_ids or teacher.eos_ids):
+        raise UserError(
+            f"teacher.path: its stop ids {teacher.eos_ids} and the student's {student.eos_ids} have none in common, so neither would learn "
+            "when to stop; choose a teacher of the student's family, or make eos_token_id agree in generation_config.json"
+        )

@@ -1,0 +1,121 @@
+"""Jitted sampling: prefill, then a decode loop that ends when every row has stopped. Draws are counted, not streamed.
+
+The uniform of a draw is a function of (key, rollout id, position) and of nothing else: not of the row, the batch, the padding, the mesh or
+the number of tokens asked for. A token is the inverse of the law's cumulative distribution, in vocabulary order, at that uniform.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from opd_jax import parallel
+from opd_jax.models import transformer
+from opd_jax.models.config import ModelConfig
+from opd_jax.types import Prompts, Rollout, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Law:
+    """What is done to the policy before a token is drawn: temperature, then top-k, top-p and min-p on what it left. Raises UserError."""
+
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0  # the most probable tokens up to this mass, the one that crosses it included; 1: all
+    top_k: int = 0  # the k most probable tokens; 0: all, 1: greedy
+    min_p: float = 0.0  # tokens with at least this share of the largest probability; 0: all
+
+    def __post_init__(self):
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            raise UserError(f"temperature = {self.temperature!r} must be 0 (greedy) or more, and finite")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p = {self.top_p!r} must be above 0 and at most 1")
+        if self.top_k < 0:
+            raise UserError(f"top_k = {self.top_k!r} must be 0 (all tokens) or more")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p = {self.min_p!r} must be between 0 and 1")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0 or self.top_k == 1
+
+
+def law_logp(logits_BV: jax.Array, law: Law) -> jax.Array:
+    """Log-probabilities [B, V] of the sampling law, -inf on tokens that it never draws. Ties at a threshold stay."""
+    if law.greedy:
+        best_B1 = jnp.argmax(logits_BV, axis=-1, keepdims=True)
+        return jnp.where(jnp.arange(logits_BV.shape[-1])[None, :] == best_B1, 0.0, -jnp.inf)
+    logits_BV = logits_BV / law.temperature
+    if 0 < law.top_k < logits_BV.shape[-1]:
+        kth_B1 = jax.lax.top_k(logits_BV, law.top_k)[0][:, -1:]
+        logits_BV = jnp.where(logits_BV >= kth_B1, logits_BV, -jnp.inf)
+    if law.top_p < 1:
+        descending_BV = -jnp.sort(-logits_BV, axis=-1)
+        probability_BV = jax.nn.softmax(descending_BV, axis=-1)
+        before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
+        last_B1 = jnp.sum(before_BV < law.top_p, axis=-1, keepdims=True) - 1
+        logits_BV = jnp.where(logits_BV >= jnp.take_along_axis(descending_BV, last_B1, axis=-1), logits_BV, -jnp.inf)
+    if law.min_p > 0:
+        threshold_B1 = jnp.max(logits_BV, axis=-1, keepdims=True) + math.log(law.min_p)
+        logits_BV = jnp.where(logits_BV >= threshold_B1, logits_BV, -jnp.inf)
+    return jax.nn.log_softmax(logits_BV, axis=-1)
+
+
+def uniforms(key: jax.Array, id_B: jax.Array, position: jax.Array) -> jax.Array:
+    """Uniforms in [0, 1) for the draws of rollouts `id_B` at a completion position, [B] float32."""
+    one = lambda rollout_id: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, rollout_id), position))
+    return jax.vmap(one)(id_B)
+
+
+def draw(logits_BV: jax.Array, uniform_B: jax.Array, law: Law) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(tokens [B], their log-prob under the policy at temperature 1, their log-prob under the law)."""
+    behaviour_BV = law_logp(logits_BV, law)
+    cumulative_BV = jnp.cumsum(jnp.exp(behaviour_BV), axis=-1)
+    # Scaled by the sum as computed, so that rounding never points past the last token; a token of no mass is never at the first crossing.
+    token_B = jnp.sum(cumulative_BV <= (uniform_B * cumulative_BV[:, -1])[:, None], axis=-1).astype(jnp.int32)
+    pick = lambda x_BV: jnp.take_along_axis(x_BV, token_B[:, None], axis=-1)[:, 0]
+    return token_B, pick(logits_BV) - jax.nn.logsumexp(logits_BV, axis=-1), pick(behaviour_BV)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "max_new_tokens", "law", "stop_ids", "pad_id"))
+def sample_tokens(
+    params: dict,
+    config: ModelConfig,
+    prompts: Prompts,
+    *,
+    key: jax.Array,
+    max_new_tokens: int,
+    law: Law,
+    stop_ids: tuple[int, ...],
+    pad_id: int,
+) -> Rollout:
+    """Completions [B, max_new_tokens]. Rows that have stopped write padding; the loop ends when all have."""
+    rows, width = prompts.tokens_BS.shape
+    logits_BV, cache = transformer.prefill(params, config, prompts.tokens_BS, prompts.mask_BS, cache_length=width + max_new_tokens)
+    key_of_position = functools.partial(uniforms, key, prompts.id_B)
+
+    def body(carry):
+        position, logits_BV, cache, stopped_B, columns = carry
+        token_B, logp_B, behaviour_B = draw(logits_BV, key_of_position(position), law)
+        new = (jnp.where(stopped_B, pad_id, token_B), ~stopped_B, jnp.where(stopped_B, 0, logp_B), jnp.where(stopped_B, 0, behaviour_B))
+        columns = tuple(
+            jax.lax.dynamic_update_slice_in_dim(x_BT, x_B[:, None], position, axis=1) for x_BT, x_B in zip(columns, new, strict=True)
+        )
+        stopped_B |= _is_any(token_B, stop_ids)
+        logits_BV, cache = transformer.decode_step(params, config, new[0], cache)
+        return position + 1, logits_BV, cache, stopped_B, columns
+
+    def unfinished(carry):
+        return (carry[0] < max_new_tokens) & ~jnp.all(carry[3])
+
+    shape = (rows, max_new_tokens)
+    columns = (jnp.full(shape, pad_id, jnp.int32), jnp.zeros(shape, bool), jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
+    columns = tuple(parallel.constrain(x, "batch", None) for x in columns)
+    stopped_B = parallel.constrain(jnp.zeros(rows, bool), "batch")
+    *_, stopped_B, columns = jax.lax.while_loop(unfinished, body, (jnp.int32(0), logits_BV, cache, stopped_B, columns))
+    return Rollout(*columns, prompts.id_B, stopped_B)
+
+
+def _is_any(token_B: jax.Array, ids: tuple[int, ...]) -> jax.Array:
+    return jnp.any(token_B[:, None] == jnp.array(ids, jnp.int32)[None, :], axis=1) if ids else jnp.zeros(token_B.shape, bool)

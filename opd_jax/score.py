@@ -1,0 +1,34 @@
+"""Any model on a rollout, given a prompt of its own: log-probs, the top-k with the mass outside, or hidden states."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from opd_jax.models import transformer
+from opd_jax.models.config import ModelConfig
+from opd_jax.numerics import token_stats as stats_lib
+from opd_jax.numerics.token_stats import Head, Signal
+from opd_jax.types import Prompts, Rollout, view
+
+
+def hidden(params: dict, model_config: ModelConfig, prompts: Prompts, rollout: Rollout) -> Head:
+    """The model's head on the completions: entry t of `hidden_BTD` is the state before token t is read."""
+    return transformer.hidden(params, model_config, view(prompts, rollout))
+
+
+@functools.partial(jax.jit, static_argnames="model_config")
+def logprobs(params: dict, model_config: ModelConfig, prompts: Prompts, rollout: Rollout) -> jax.Array:
+    """Log-prob [B, T] of each completion token at temperature 1, in nats; 0 where the rollout's mask is False."""
+    head = hidden(params, model_config, prompts, rollout)
+    stats = stats_lib.token_stats(head, None, rollout.tokens_BT, signal=Signal("nll"), needs=("logp",))
+    return jnp.where(rollout.mask_BT, stats.logp_BT, 0)
+
+
+@functools.partial(jax.jit, static_argnames=("model_config", "k"))
+def topk(params: dict, model_config: ModelConfig, prompts: Prompts, rollout: Rollout, *, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(ids [B, T, K], log-probs [B, T, K], log of the mass outside them [B, T]) of the model's k most probable tokens.
+
+    The log-probs are normalised over the whole vocabulary: logit - logsumexp.
+    """
+    return stats_lib.topk(hidden(params, model_config, prompts, rollout), k=k)
