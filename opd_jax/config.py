@@ -170,7 +170,7 @@ def default() -> ConfigDict:
 
 def parse(config: ConfigDict) -> Config:
     """The frozen, validated Config of a ConfigDict. Raises ConfigError."""
-    parsed = _build(Config, config.to_dict() if isinstance(config, ConfigDict) else config, "")
+    parsed = _build(Config, config.to_dict(), "")
     validate(parsed)
     return parsed
 
@@ -276,12 +276,9 @@ def check_choice(field: str, value: str, valid: tuple[str, ...]) -> None:
 
 
 def _check_range(flat: dict[str, Any]) -> None:
-    positive = """rollout.batch_size rollout.group_size rollout.max_new_tokens rollout.max_prompt_length learner.microbatches mesh.data
-        mesh.fsdp mesh.tensor eval.samples eval.batch_size checkpoint.every log.samples task.level task.eval_size student.init.hidden_size
-        student.init.intermediate_size student.init.num_hidden_layers student.init.num_attention_heads student.init.num_key_value_heads
-        student.init.max_position_embeddings""".split()
-    zero_or_more = "seed steps rollout.top_k learner.warmup_steps learner.decay_steps eval.every eval.prompts log.samples_every".split()
-    zero_or_more += "task.train_size task.seed".split()
+    positive = ["rollout.batch_size", "rollout.group_size", "rollout.max_new_tokens", "rollout.max_prompt_length", "learner.microbatches", "mesh.data", "mesh.fsdp", "mesh.tensor", "eval.samples", "eval.batch_size", "checkpoint.every", "log.samples", "task.level", "task.eval_size", "student.init.hidden_size", "student.init.intermediate_size", "student.init.num_hidden_layers", "student.init.num_attention_heads", "student.init.num_key_value_heads", "student.init.max_position_embeddings"]
+    zero_or_more = ["seed", "steps", "rollout.top_k", "learner.warmup_steps", "learner.decay_steps", "eval.every", "eval.prompts", "log.samples_every"]
+    zero_or_more += ["task.train_size", "task.seed"]
     for name in positive:
         _require(flat[name] >= 1, name, flat[name], "must be at least 1")
     for name in zero_or_more:

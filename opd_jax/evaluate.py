@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -58,20 +58,21 @@ class Evaluator:
             metrics |= ratio_with_interval("eval/forward_kl", stats["local"], stats["tokens"])
         return metrics
 
-    def _batches(self, samples: int):
-        """(examples, Prompts) of at most batch_size rows; short batches are padded with repeated rows, so that nothing recompiles."""
-        rows = [(example, g) for example in self.examples for g in range(samples)]
-        texts = [example.prompt for example in self.examples]
-        longest = pipeline.encode_prompts(
-            texts, self.student.tokenizer, ids=np.arange(len(texts)), max_prompt_length=self.max_prompt_length, overlong=self.overlong
+    def _batches(self, samples: int) -> Iterator[tuple[int, Prompts]]:
+        """(rows that count, Prompts of batch_size rows); the last batch is filled up with repeated rows, so that nothing recompiles."""
+        prompts, _ = pipeline.encode_prompts(
+            [example.prompt for example in self.examples],
+            self.student.tokenizer,
+            ids=[example.id for example in self.examples],
+            max_prompt_length=self.max_prompt_length,
+            overlong=self.overlong,
         )
-        ids = {example.id: row for row, example in enumerate(self.examples)}
-        for start in range(0, len(rows), self.batch_size):
-            chunk = rows[start : start + self.batch_size]
-            padded = chunk + [chunk[-1]] * (self.batch_size - len(chunk))
-            index = np.array([ids[example.id] for example, _ in padded])
-            rollout_ids = np.array([example.id * samples + g for example, g in padded]).astype(np.uint32)
-            yield len(chunk), Prompts(longest.tokens_BS[index], longest.mask_BS[index], rollout_ids)
+        total = len(self.examples) * samples
+        for start in range(0, total, self.batch_size):
+            row_B = np.minimum(np.arange(start, start + self.batch_size), total - 1)
+            example_B = row_B // samples
+            rollout_id_B = (prompts.id_B[example_B] * samples + row_B % samples).astype(np.uint32)
+            yield min(self.batch_size, total - start), Prompts(prompts.tokens_BS[example_B], prompts.mask_BS[example_B], rollout_id_B)
 
     def _sample(self, params: dict, config: ModelConfig, purpose: int) -> list[tuple[Prompts, Rollout, int]]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), 0xE7A1), purpose)
@@ -96,7 +97,7 @@ class Evaluator:
         texts = []
         for _, rollout, real in rollouts:
             tokens, mask = np.asarray(rollout.tokens_BT), np.asarray(rollout.mask_BT)
-            texts += [self.student.tokenizer.decode(tokens[row][mask[row]]) for row in range(real)]
+            texts += [self.student.tokenizer.decode(tokens[row][mask[row]].tolist()) for row in range(real)]
         per_prompt = len(texts) // len(self.examples)
         rewards = [self.task.verify(self.examples[i // per_prompt], text).reward for i, text in enumerate(texts)]
         return np.array(rewards).reshape(-1, per_prompt)

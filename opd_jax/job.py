@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from opd_jax import checkpoint, learner, metrics, model_io, parallel, rollout, teachers
 from opd_jax import config as config_lib
@@ -40,7 +39,7 @@ class Job:
     student: LoadedModel
     teacher: LoadedModel | None
     pipeline: Pipeline
-    rollouts: Callable
+    rollouts: rollout.Source
     objective: objective_lib.Objective
     schedule: optax.Schedule
     update: Callable
@@ -57,14 +56,13 @@ class Job:
         return self.teacher.params if self.teacher else None
 
 
-def setup(config: ConfigDict, workdir: str | os.PathLike, *, make_model: Callable[[str, str], str], progress: metrics.Progress) -> Job:
+def setup(parsed: Config, workdir: str | os.PathLike, *, make_model: Callable[[str, str], str], progress: metrics.Progress) -> Job:
     """Refuses what can be refused before any work, then loads or restores. `make_model(recipe, cache_dir)` runs a recipe.
 
     Raises UserError for a config, folder, model, tokenizer or data file that cannot be used.
     """
-    parsed = config_lib.parse(config)
-    workdir = pathlib.Path(workdir)
-    check_workdir(workdir, config)
+    asked, workdir = parsed, pathlib.Path(workdir)
+    check_workdir(workdir, asked)
     mesh = parallel.make_mesh(parsed.mesh.data, parsed.mesh.fsdp, parsed.mesh.tensor)
     task = tasks.make(**dataclasses.asdict(parsed.task))
     objective = objective_lib.from_config(parsed, has_teacher=bool(parsed.teacher.path or parsed.teacher.recipe))
@@ -84,7 +82,7 @@ def setup(config: ConfigDict, workdir: str | os.PathLike, *, make_model: Callabl
     student = dataclasses.replace(student, params={})
     writer = metrics.MetricsWriter(workdir)
     writer.truncate_after(step if resumed else -1)
-    _describe_run(workdir, config, student)
+    _describe_run(workdir, asked, student)
     return Job(
         config=parsed,
         workdir=workdir,
@@ -93,7 +91,14 @@ def setup(config: ConfigDict, workdir: str | os.PathLike, *, make_model: Callabl
         student=student,
         teacher=teacher,
         pipeline=pipeline,
-        rollouts=make_rollouts(parsed, mesh, student, teacher),
+        rollouts=rollout.make_source(
+            parsed.rollout,
+            tokenizer=student.tokenizer,
+            student=student.config,
+            teacher=teacher.config if teacher else None,
+            seed=parsed.seed,
+            mesh=mesh,
+        ),
         objective=objective,
         schedule=learner.make_schedule(parsed.learner, parsed.steps),
         update=learner.make_update(
@@ -109,7 +114,7 @@ def setup(config: ConfigDict, workdir: str | os.PathLike, *, make_model: Callabl
     )
 
 
-def check_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
+def check_workdir(workdir: pathlib.Path, config: Config) -> None:
     """Creates the folder, or refuses one that cannot be written or that holds a run with another config."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -127,7 +132,7 @@ def check_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
         previous = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); give another --workdir, or restore the file") from None
-    changed = config_lib.differences(previous, config.to_dict())
+    changed = config_lib.differences(previous, dataclasses.asdict(config))
     if changed:
         raise UserError(f"--workdir={workdir}: its run has another config ({'; '.join(changed)}); give another --workdir, or the old values")
     if config.steps > previous["steps"] and not config.learner.decay_steps:
@@ -138,9 +143,9 @@ def check_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
         raise UserError(f"{workdir / 'checkpoints'}: is empty, but metrics.jsonl shows updates; restore it, or give another --workdir")
 
 
-def _describe_run(workdir: pathlib.Path, config: ConfigDict, student: LoadedModel) -> None:
+def _describe_run(workdir: pathlib.Path, config: Config, student: LoadedModel) -> None:
     """Writes config.json and model/ where they are missing or out of date."""
-    text = json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+    text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
     path = workdir / "config.json"
     if not path.exists() or path.read_text() != text:
         temporary = path.with_suffix(".tmp")

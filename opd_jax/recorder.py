@@ -90,6 +90,7 @@ class Recorder:
             "rollout/length": float(mask_BT.sum(1).mean()),
             "rollout/truncated_fraction": float(1 - np.asarray(completions.stopped_B).mean()),
             "rollout/tokens_total": self._info["tokens_total"],
+            "rollout/prompts_truncated": prompts.truncated,
         }
         examples = [example for example in prompts.examples for _ in range(config.rollout.group_size)]
         texts = [tokenizer.decode(tokens[mask].tolist()) for tokens, mask in zip(tokens_BT, mask_BT, strict=True)]

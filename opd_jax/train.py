@@ -3,14 +3,13 @@
 import functools
 import hashlib
 import importlib.util
-import json
 import pathlib
 from collections.abc import Iterator
 
 import jax
-from ml_collections import ConfigDict
 
 from opd_jax import checkpoint, learner, parallel
+from opd_jax import config as config_lib
 from opd_jax.cli import Interrupted, StopRequest
 from opd_jax.config import ConfigError
 from opd_jax.data.pipeline import Batch
@@ -21,14 +20,15 @@ from opd_jax.recorder import Recorder
 from opd_jax.types import Rollout, view
 
 
-def run(config: ConfigDict, workdir, *, stop: StopRequest | None = None, progress: Progress | None = None) -> Iterator[dict]:
-    """Starts or resumes a run and yields one record per step, `step` 0 first; what is yielded is already in metrics.jsonl.
+def run(config, workdir, *, stop: StopRequest | None = None, progress: Progress | None = None) -> Iterator[dict]:
+    """Starts or resumes the run of a ConfigDict (what `get_config` returns) and yields one record per step, `step` 0 first; what is yielded is already in metrics.jsonl.
 
     Leaving the loop early saves the state. Raises UserError, before any work, for a config or workdir that cannot be used; Interrupted
     once `stop` is set; FloatingPointError when a loss or gradient is not finite. The state is saved in each case.
     """
     progress = progress or Progress(quiet=True)
-    job = setup(config, workdir, make_model=functools.partial(make_model, stop=stop, progress=progress), progress=progress)
+    parsed = config_lib.parse(config)
+    job = setup(parsed, workdir, make_model=functools.partial(make_model, stop=stop, progress=progress), progress=progress)
     recorder = Recorder(job, progress)
     try:
         yield from recorder.start()
@@ -37,7 +37,7 @@ def run(config: ConfigDict, workdir, *, stop: StopRequest | None = None, progres
                 raise Interrupted(stop.signum)
             with jax.set_mesh(job.mesh):
                 prompts = job.pipeline.batch(step)
-                completions = job.rollouts(recorder.state.params, prompts, step)
+                completions = job.rollouts(recorder.state.params, job.teacher_params, prompts, step)
                 batch = make_batch(job, prompts, completions)
                 recorder.state, measured = job.update(recorder.state, job.teacher_params, batch)
             yield from recorder.record(step + 1, prompts, completions, measured)
@@ -56,7 +56,7 @@ def make_batch(job: Job, prompts: Batch, completions: Rollout) -> learner.Batch:
 def make_model(recipe: str, cache_dir: str, *, stop: StopRequest | None = None, progress: Progress | None = None) -> str:
     """Runs the config of a recipe, configs/FILE.py[:arg], to its end unless that is done; returns its run directory under `cache_dir`."""
     config = load_config(recipe)
-    digest = hashlib.blake2b(json.dumps(config.to_dict(), sort_keys=True).encode(), digest_size=4).hexdigest()
+    digest = hashlib.blake2b(repr(config_lib.parse(config)).encode(), digest_size=4).hexdigest()
     name = recipe.removesuffix(".py").replace(".py:", "_").replace("/", "_").replace(",", "_")
     workdir = pathlib.Path(cache_dir) / f"{name}_{digest}"
     newest = checkpoint.latest_info(workdir / "checkpoints")
@@ -68,7 +68,7 @@ def make_model(recipe: str, cache_dir: str, *, stop: StopRequest | None = None, 
     return str(workdir)
 
 
-def load_config(name: str) -> ConfigDict:
+def load_config(name: str):
     """The ConfigDict of configs/FILE.py[:arg]; a relative path is looked up from here, then from the checkout."""
     file, _, arg = name.partition(":")
     candidates = [pathlib.Path(file), pathlib.Path(__file__).resolve().parents[1] / file]

@@ -9,7 +9,7 @@ import pytest
 
 from opd_jax.analysis import enumeration
 from opd_jax.numerics import estimators
-from opd_jax.numerics.estimators import REGISTRY, TARGETS, Context, Term, loss_B
+from opd_jax.numerics.estimators import REGISTRY, TARGETS, Term, loss_B
 from opd_jax.numerics.token_stats import Signal, Stats
 
 pytestmark = pytest.mark.usefixtures("float64")

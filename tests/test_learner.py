@@ -1,6 +1,7 @@
 """One update: microbatches, meshes and normalisers leave the gradient alone; equal models give none; bad numbers leave the state alone."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from models import context_of, ragged_prompts, ragged_rollout, tiny_model
 
 from opd_jax import config as config_lib
 from opd_jax import learner, objective, parallel
+from opd_jax.models import spec, transformer
 from opd_jax.types import view
 
 LOSSES = {
@@ -34,6 +36,14 @@ def make_objective(name="reverse_kl", normaliser="token_mean", has_teacher=True)
     return objective.from_config(config, has_teacher=has_teacher)
 
 
+def test_jit_equals_no_jit():
+    goal = make_objective("to_go")
+    params, config, teacher_params, teacher_config, batch = make_case(goal, rows=2)
+    compiled = gradient(goal, config, teacher_config, params, teacher_params, batch)
+    plain = learner.gradient(goal, config, teacher_config, params, teacher_params, batch)
+    assert max_difference(compiled, plain) < 1e-5
+
+
 def make_case(goal, teacher_seed=1, rows=8):
     rng = np.random.default_rng(0)
     params, config = tiny_model(0)
@@ -41,6 +51,12 @@ def make_case(goal, teacher_seed=1, rows=8):
     prompts, rollout = ragged_prompts(rng, rows), ragged_rollout(rng, rows)
     batch = learner.make_batch(goal, view(prompts, rollout), view(prompts, rollout), context_of(rollout))
     return params, config, teacher_params, teacher_config, batch
+
+
+def gradient(goal, config, teacher_config, params, teacher_params, batch, *, microbatches=1):
+    """learner.gradient, compiled."""
+    function = functools.partial(learner.gradient, goal, config, teacher_config, microbatches=microbatches)
+    return jax.jit(function)(params, teacher_params, batch)
 
 
 def max_difference(a, b):
@@ -52,10 +68,10 @@ def max_difference(a, b):
 def test_microbatches_give_equal_gradients_with_ragged_lengths(name, normaliser):
     goal = make_objective(name, normaliser)
     params, config, teacher_params, teacher_config, batch = make_case(goal)
-    whole = learner.gradient(goal, config, teacher_config, params, teacher_params, batch, microbatches=1)
+    whole = gradient(goal, config, teacher_config, params, teacher_params, batch, microbatches=1)
     assert float(optax.tree.norm(whole[2])) > 1e-3
     for pieces in (2, 4):
-        split = learner.gradient(goal, config, teacher_config, params, teacher_params, batch, microbatches=pieces)
+        split = gradient(goal, config, teacher_config, params, teacher_params, batch, microbatches=pieces)
         assert max_difference(whole, split) < 2e-6 * float(optax.tree.norm(whole[2])) + 1e-5
 
 
@@ -64,7 +80,7 @@ def test_teacher_equal_to_student_gives_no_gradient_and_another_one_does(name):
     goal = make_objective(name)
     for teacher_seed, same in ((0, True), (1, False)):
         params, config, teacher_params, teacher_config, batch = make_case(goal, teacher_seed)
-        loss, _, grads = learner.gradient(goal, config, teacher_config, params, teacher_params, batch)
+        loss, _, grads = gradient(goal, config, teacher_config, params, teacher_params, batch)
         norm = float(optax.tree.norm(grads))
         if same:
             assert float(loss) == 0.0 and norm == 0.0
@@ -80,10 +96,10 @@ def test_prompts_of_different_width_stay_aligned():
         prompt_BS=jnp.pad(batch.teacher.prompt_BS, ((0, 0), (5, 0)), constant_values=3),
         prompt_mask_BS=jnp.pad(batch.teacher.prompt_mask_BS, ((0, 0), (5, 0))),
     )
-    loss, _, _ = learner.gradient(goal, config, config, params, params, batch.replace(teacher=wide))
-    assert float(loss) < 1e-9
+    loss, _, _ = gradient(goal, config, config, params, params, batch.replace(teacher=wide))
+    assert float(loss) < 1e-7
     other = batch.teacher.replace(prompt_BS=(batch.teacher.prompt_BS + 1) % 17)
-    loss, _, _ = learner.gradient(goal, config, config, params, params, batch.replace(teacher=other))
+    loss, _, _ = gradient(goal, config, config, params, params, batch.replace(teacher=other))
     assert float(loss) > 1e-3
 
 
@@ -91,8 +107,6 @@ def run_updates(mesh_shape, microbatches=2, steps=2):
     goal = make_objective()
     params, config, teacher_params, teacher_config, batch = make_case(goal)
     mesh = parallel.make_mesh(*mesh_shape)
-    from opd_jax.models import spec, transformer
-
     place = lambda tree, c: jax.device_put(jax.device_get(tree), spec.shardings(transformer.param_specs(c), mesh))
     optimizer = learner.make_optimizer(config_lib.Learner(learning_rate=1e-2), steps=10)
     state = learner.init_state(place(params, config), optimizer)
@@ -115,8 +129,6 @@ def test_eight_devices_equal_one():
 def test_parameters_and_moments_are_sharded():
     goal = make_objective()
     params, config, *_ = make_case(goal)
-    from opd_jax.models import spec, transformer
-
     mesh = parallel.make_mesh(2, 2, 2)
     params = jax.device_put(jax.device_get(params), spec.shardings(transformer.param_specs(config), mesh))
     state = learner.init_state(params, learner.make_optimizer(config_lib.Learner(), steps=10))
@@ -148,7 +160,7 @@ def test_all_masked_batch_changes_nothing():
     params, config, teacher_params, teacher_config, batch = make_case(goal)
     rollout_mask = jnp.zeros_like(batch.context.mask_BT)
     empty = learner.make_batch(goal, batch.student, batch.teacher, dataclasses.replace(batch.context, mask_BT=rollout_mask))
-    loss, _, grads = learner.gradient(goal, config, teacher_config, params, teacher_params, empty)
+    loss, _, grads = gradient(goal, config, teacher_config, params, teacher_params, empty)
     assert float(loss) == 0.0 and float(optax.tree.norm(grads)) == 0.0
 
 

@@ -1,6 +1,5 @@
 """Runs, as a user starts them: records, resume bit for bit, refusals, interrupts, recipes."""
 
-import dataclasses
 import json
 import math
 import os
@@ -15,7 +14,6 @@ import numpy as np
 import pytest
 
 from opd_jax import config as config_lib
-from opd_jax import job as job_lib
 from opd_jax import metrics, model_io, train
 from opd_jax.types import UserError
 

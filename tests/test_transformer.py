@@ -13,14 +13,17 @@ from opd_jax.models import config as model_config
 from opd_jax.models import spec, transformer
 from opd_jax.types import View
 
+hidden = jax.jit(transformer.hidden, static_argnums=1)
+prefill = jax.jit(transformer.prefill, static_argnums=1, static_argnames="cache_length")
+decode_step = jax.jit(transformer.decode_step, static_argnums=1)
 
-def make(name="qwen3", seed=0, **changes):
-    """(params, config) with weights large enough to be seen in the logits."""
+
+def make(name="qwen3", **changes):
+    """(params, config) with weights, norms and biases too, large enough to be seen in the logits."""
     config = dataclasses.replace(model_config.from_hf(hf_oracle.fields_of(name), where="test"), **changes)
-    params = transformer.init(jax.random.key(seed), config)
-    keys = jax.random.split(jax.random.key(seed + 1), len(jax.tree.leaves(params)))
-    keys = jax.tree.unflatten(jax.tree.structure(params), list(keys))
-    return jax.tree.map(lambda p, key: p + 0.2 * jax.random.normal(key, p.shape, p.dtype), params, keys), config
+    rng = np.random.default_rng(0)
+    abstract = spec.abstract(transformer.param_specs(config), jnp.float32)
+    return jax.tree.map(lambda p: jnp.asarray((p.ndim == 1) + 0.2 * rng.normal(size=p.shape), p.dtype), abstract), config
 
 
 def left_padded(rows, length, config, seed=0):
@@ -112,9 +115,7 @@ def test_eight_devices_equal_one():
     with jax.set_mesh(mesh):
         tokens_BL, mask_BL = parallel.shard_batch((tokens_BL, mask_BL), mesh)
         eight = transformer.apply(params, config, tokens_BL, mask_BL=mask_BL)
-        _, cache = jax.jit(transformer.prefill, static_argnums=1, static_argnames="cache_length")(
-            params, config, tokens_BL, mask_BL, cache_length=16
-        )
+        _, cache = prefill(params, config, tokens_BL, mask_BL, cache_length=16)
     assert largest_difference(one, eight) < 1e-4
     assert len(eight.sharding.device_set) == 8
     assert cache.keys_BKLH[0].addressable_shards[0].data.shape[0] == 2  # rows lie over data and fsdp
@@ -159,7 +160,7 @@ def test_cached_decoding_equals_the_whole_forward_pass(name, total):
     tokens_BL, mask_BL = left_padded(4, total, config)
     mask_BL = mask_BL.at[:, prompt - 1 :].set(True)
     whole_BLV = transformer.apply(params, config, tokens_BL, mask_BL=mask_BL)
-    logits_BV, cache = transformer.prefill(params, config, tokens_BL[:, :prompt], mask_BL[:, :prompt], cache_length=total + 3)
+    logits_BV, cache = prefill(params, config, tokens_BL[:, :prompt], mask_BL[:, :prompt], cache_length=total + 3)
     step = jax.jit(lambda params, tokens_B, cache: transformer.decode_step(params, config, tokens_B, cache))
     assert logits_BV.dtype == jnp.float32
     assert largest_difference(logits_BV, whole_BLV[:, prompt - 1]) < 1e-4
@@ -177,20 +178,20 @@ def test_padding_rows_of_the_vocabulary():
     padded = dataclasses.replace(config, valid_vocab_size=40)
     tokens_BL, mask_BL = left_padded(2, 5, config)
     assert largest_difference(*(transformer.apply(params, c, tokens_BL) for c in (config, padded))) == 0.0
-    logits_BV, cache = transformer.prefill(params, padded, tokens_BL, mask_BL, cache_length=7)
-    next_BV, _ = transformer.decode_step(params, padded, tokens_BL[:, 0], cache)
+    logits_BV, cache = prefill(params, padded, tokens_BL, mask_BL, cache_length=7)
+    next_BV, _ = decode_step(params, padded, tokens_BL[:, 0], cache)
     for logits in (logits_BV, next_BV):
         assert np.isneginf(logits[:, 40:]).all() and np.isfinite(logits[:, :40]).all()
     view = View(tokens_BL[:, :2], mask_BL[:, :2], tokens_BL[:, 2:])
-    np.testing.assert_array_equal(transformer.hidden(params, padded, view).valid_V, np.arange(43) < 40)
-    assert transformer.hidden(params, config, view).valid_V is None
+    np.testing.assert_array_equal(hidden(params, padded, view).valid_V, np.arange(43) < 40)
+    assert hidden(params, config, view).valid_V is None
 
 
 def test_bfloat16_cache():
     params, config = make(compute_dtype="bfloat16")
     tokens_BL, mask_BL = left_padded(2, 6, config)
-    _, cache = transformer.prefill(params, config, tokens_BL, mask_BL, cache_length=8)
-    _, after = transformer.decode_step(params, config, tokens_BL[:, 0], cache)
+    _, cache = prefill(params, config, tokens_BL, mask_BL, cache_length=8)
+    _, after = decode_step(params, config, tokens_BL[:, 0], cache)
     assert cache.keys_BKLH[0].dtype == after.keys_BKLH[0].dtype == after.values_BKLH[1].dtype == jnp.bfloat16
 
 
@@ -203,24 +204,24 @@ def test_hidden_is_aligned_with_the_completion(name):
     params, config = make(name)
     prompt_BS, prompt_mask_BS = left_padded(4, 6, config)
     completion_BT, _ = left_padded(4, 5, config, seed=9)
-    head = transformer.hidden(params, config, View(prompt_BS, prompt_mask_BS, completion_BT))
+    head = hidden(params, config, View(prompt_BS, prompt_mask_BS, completion_BT))
     assert head.hidden_BTD.shape == (4, 5, config.hidden_size) and head.softcap is None
     logits_BTV = head_logits(head)
     for row in range(4):
-        prompt_S = prompt_BS[row][np.asarray(prompt_mask_BS[row])]
+        prompt_S = np.asarray(prompt_BS[row])[np.asarray(prompt_mask_BS[row])]
+        alone_BL = np.concatenate([prompt_S, np.asarray(completion_BT[row])])[None, :]  # a row of its own, without padding
+        alone_LV = transformer.apply(params, config, alone_BL)[0]
         for t in range(5):
-            read = jnp.concatenate([prompt_S, completion_BT[row, :t]])[None, :]
-            alone_V = transformer.apply(params, config, read)[0, -1]
-            assert largest_difference(logits_BTV[row, t], alone_V) < 1e-4
+            assert largest_difference(logits_BTV[row, t], alone_LV[len(prompt_S) + t - 1]) < 1e-4
 
 
 def test_models_with_different_prompts_stay_aligned():
     params, config = make()
     completion_BT, _ = left_padded(3, 5, config, seed=9)
     prompt_BS, mask_BS = left_padded(3, 4, config)
-    short = transformer.hidden(params, config, View(prompt_BS, mask_BS, completion_BT))
+    short = hidden(params, config, View(prompt_BS, mask_BS, completion_BT))
     wide_BS, wide_mask_BS = jnp.pad(prompt_BS, ((0, 0), (7, 0)), constant_values=2), jnp.pad(mask_BS, ((0, 0), (7, 0)))
-    wide = transformer.hidden(params, config, View(wide_BS, wide_mask_BS, completion_BT))
+    wide = hidden(params, config, View(wide_BS, wide_mask_BS, completion_BT))
     assert largest_difference(short.hidden_BTD, wide.hidden_BTD) < 1e-5
-    longer = transformer.hidden(params, config, View(wide_BS, jnp.ones_like(wide_mask_BS), completion_BT))
+    longer = hidden(params, config, View(wide_BS, jnp.ones_like(wide_mask_BS), completion_BT))
     assert longer.hidden_BTD.shape == short.hidden_BTD.shape and largest_difference(short.hidden_BTD, longer.hidden_BTD) > 1e-2

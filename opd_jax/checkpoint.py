@@ -1,0 +1,134 @@
+"""Atomic, verified checkpoints of a TrainState, and of what a run remembers beside it. The only importer of orbax.
+
+An entry is `checkpoints/<step>/`: `state/` as orbax writes it, `info.json`, and `manifest.json` with the SHA-256 of every other file. It is
+written under a name with `tmp` in it and renamed when it is complete, so that a name without `tmp` means a whole entry.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from opd_jax.types import TrainState, UserError
+
+log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The entries of one directory."""
+
+    def __init__(self, directory: str | os.PathLike, *, keep: int = 2):
+        self.directory = pathlib.Path(directory).resolve()
+        self._keep = keep
+
+    def steps(self) -> list[int]:
+        """Steps of all complete entries, ascending."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(int(entry.name) for entry in self.directory.iterdir() if entry.name.isdigit() and entry.is_dir())
+
+    def save(self, step: int, state: TrainState, info: dict[str, Any]) -> None:
+        """Writes an entry, replacing one of the same step, then removes old ones. Complete when it returns. Raises UserError."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            temporary, final = self.directory / f"{step}.tmp", self.directory / str(step)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(temporary / "state", state)
+            (temporary / "info.json").write_text(json.dumps(info))
+            (temporary / "manifest.json").write_text(json.dumps(_digests(temporary)))
+            _flush_to_disk(temporary)
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+        except OSError as error:
+            raise UserError(f"{self.directory}: a checkpoint cannot be written ({error}); free space or give another --workdir") from None
+        for old in self.steps()[: -self._keep]:
+            shutil.rmtree(self.directory / str(old), ignore_errors=True)
+
+    def restore(self, abstract_state: TrainState) -> tuple[int, TrainState, dict[str, Any]] | None:
+        """(step, state, info) of the newest entry that is whole, its arrays placed as `abstract_state` says; None without entries.
+
+        An entry that cannot be read is passed over with a warning. Raises UserError when there are entries and none can be read.
+        """
+        return self._newest(lambda entry: _load(entry / "state", abstract_state))
+
+    def restore_params(self, abstract_params: dict) -> dict:
+        """The parameters alone of the newest entry that is whole. Raises UserError when there is none."""
+        result = self._newest(lambda entry: _load_params(entry / "state", abstract_params))
+        if result is None:
+            raise UserError(f"{self.directory}: holds no checkpoint; let the run save one, or give another folder")
+        return result[1]
+
+    def _newest(self, load) -> tuple[int, Any, dict[str, Any]] | None:
+        steps = self.steps()
+        reasons = []
+        for step in reversed(steps):
+            entry = self.directory / str(step)
+            try:
+                _verify(entry)
+                return step, load(entry), json.loads((entry / "info.json").read_text())
+            except (ValueError, OSError, KeyError) as error:
+                reason = " ".join(str(error).split())[:200]
+                reasons.append(f"{step}: {reason}")
+                log.warning("checkpoint %s cannot be read (%s); trying the one before it", entry, reason)
+        if steps:
+            raise UserError(f"{self.directory}: no checkpoint can be read ({'; '.join(reasons)}); restore one, or give another --workdir")
+        return None
+
+
+def latest_info(directory: str | os.PathLike) -> tuple[int, dict[str, Any]] | None:
+    """(step, info) of the newest complete entry, or None."""
+    checkpoints = Checkpoints(directory)
+    steps = checkpoints.steps()
+    if not steps:
+        return None
+    return steps[-1], json.loads((checkpoints.directory / str(steps[-1]) / "info.json").read_text())
+
+
+def restore_params(directory: str | os.PathLike, abstract_params: dict) -> dict:
+    """The parameters of the newest readable entry of a run, placed as `abstract_params` says. Raises UserError."""
+    return Checkpoints(directory).restore_params(abstract_params)
+
+
+def _load(path: pathlib.Path, abstract):
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(path, abstract)
+
+
+def _load_params(path: pathlib.Path, abstract_params: dict) -> dict:
+    item = {"params": abstract_params}
+    arguments = ocp.checkpoint_utils.construct_restore_args(item)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        return checkpointer.restore(path, args=ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True))["params"]
+
+
+def _files(entry: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(path for path in entry.rglob("*") if path.is_file() and path != entry / "manifest.json")
+
+
+def _digests(entry: pathlib.Path) -> dict[str, str]:
+    digests = {}
+    for path in _files(entry):
+        with path.open("rb") as file:
+            digests[str(path.relative_to(entry))] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
+def _verify(entry: pathlib.Path) -> None:
+    expected, found = json.loads((entry / "manifest.json").read_text()), _digests(entry)
+    for name in expected:
+        if found.get(name) != expected[name]:
+            raise ValueError(f"{name} is {'damaged' if name in found else 'missing'}")
+
+
+def _flush_to_disk(entry: pathlib.Path) -> None:
+    """A rename may reach the disk before the bytes do; after a power cut the entry would be whole in name only."""
+    for path in [*_files(entry), entry / "manifest.json"]:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())

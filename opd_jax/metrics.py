@@ -1,0 +1,185 @@
+"""metrics.jsonl and samples.jsonl, what each metric means, and the progress display."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from opd_jax.types import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    meaning: str
+    unit: str
+
+
+def _glossary() -> dict[str, Description]:
+    with_interval = {
+        "eval/accuracy": Description("share of held-out prompts whose greedy completion the verifier accepts (interval: Wilson)", "fraction"),
+        "eval/sampled_accuracy": Description("mean reward of samples at temperature 1: avg@k (interval: bootstrap over prompts)", "fraction"),
+        "eval/reverse_kl": Description("sum_t KL(student || teacher) / tokens on fresh samples of the student, exact over the vocabulary", "nats/token"),
+        "eval/forward_kl": Description("sum_t KL(teacher || student) / tokens on fresh samples of the teacher, exact over the vocabulary", "nats/token"),
+    }
+    intervals = {
+        f"{name}_{end}": Description(f"{end} end of the 95% interval of {name} over the evaluation prompts", described.unit)
+        for name, described in with_interval.items()
+        for end in ("low", "high")
+    }
+    return {
+        "step": Description("updates done", "updates"),
+        "train/loss": Description("the objective on this step's batch, before the update", "nats, scaled by the normaliser"),
+        "train/grad_norm": Description("global norm of the gradient before clipping", "loss per parameter unit"),
+        "train/learning_rate": Description("learning rate of this update", "-"),
+        "train/reverse_kl": Description("mean over tokens of KL(student || teacher) on the student's own rollouts, exact over the vocabulary", "nats/token"),
+        "train/log_ratio_mean": Description("mean over tokens of log q(y) - log pi(y), teacher less student", "nats/token"),
+        "train/tokens": Description("completion tokens in this step's loss", "tokens"),
+        "rollout/length": Description("mean completion length, stop token included", "tokens"),
+        "rollout/truncated_fraction": Description("share of completions that max_new_tokens cut off", "fraction"),
+        "rollout/entropy": Description("mean over completion tokens of the student's entropy", "nats/token"),
+        "rollout/reward": Description("mean reward of the verifier on this step's completions", "reward"),
+        "rollout/prompts_truncated": Description("prompts of this step that lost their first tokens", "prompts"),
+        "rollout/tokens_total": Description("completion tokens in the loss since the run began", "tokens"),
+        "rollout/tokens_per_second": Description("completion tokens of this step / time/step_seconds", "tokens/s"),
+        "time/step_seconds": Description("wall time of this step, without evaluations", "s"),
+        "time/total_seconds": Description("sum of time/step_seconds since the run began", "s"),
+        **with_interval,
+        **intervals,
+        "eval/pass_at_k": Description("chance that at least one of eval.samples completions is accepted, unbiased", "fraction"),
+        "eval/entropy": Description("mean over tokens of the student's entropy on its own samples", "nats/token"),
+        "eval/length": Description("mean length of the student's samples, stop token included", "tokens"),
+        "eval/truncated_fraction": Description("share of the student's samples that max_new_tokens cut off", "fraction"),
+        "time/eval_seconds": Description("wall time of this evaluation", "s"),
+    }
+
+
+GLOSSARY: dict[str, Description] = _glossary()
+
+
+class MetricsWriter:
+    """Appends to metrics.jsonl and samples.jsonl of a run directory; every line is flushed when it is written."""
+
+    def __init__(self, workdir: str | os.PathLike):
+        self._metrics = pathlib.Path(workdir) / "metrics.jsonl"
+        self._samples = pathlib.Path(workdir) / "samples.jsonl"
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One step's object. Raises ValueError for a value that is not finite."""
+        for name, value in record.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"step {record.get('step')}: metric {name} is {value}")
+        _append(self._metrics, [record])
+
+    def samples(self, records: Iterable[dict[str, Any]]) -> None:
+        """Objects with step, prompt, completion and token_ids."""
+        _append(self._samples, records)
+
+    def truncate_after(self, step: int) -> None:
+        """Cuts both files back to records of at most this step, and drops a torn last line; what stays is kept byte for byte."""
+        for path in (self._metrics, self._samples):
+            if path.exists():
+                lines = path.read_bytes().splitlines(keepends=True)
+                kept = sum(len(line) for line in lines[: _count_until(lines, step)])
+                if kept < path.stat().st_size:
+                    os.truncate(path, kept)
+
+    def has_record(self, step: int) -> bool:
+        return any(record["step"] == step for record in read(self._metrics)) if self._metrics.exists() else False
+
+
+def _append(path: pathlib.Path, records: Iterable[dict[str, Any]]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _count_until(lines: list[bytes], step: int) -> int:
+    """How many leading lines are whole and speak of at most this step."""
+    for count, line in enumerate(lines):
+        try:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                return count
+        except (ValueError, KeyError, TypeError):
+            return count
+    return len(lines)
+
+
+def read(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The objects of a metrics.jsonl or samples.jsonl; a torn last line is left out. Raises UserError for a broken line before it."""
+    lines = pathlib.Path(path).read_bytes().splitlines(keepends=True)
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            if number == len(lines):
+                break
+            raise UserError(f"{path}, line {number}: is not JSON; remove the line or restore the file") from None
+    return records
+
+
+class Progress:
+    """One line per phase; a live bar on a terminal, a line every few seconds elsewhere; nothing when quiet. To stdout."""
+
+    def __init__(self, *, quiet: bool = False, steps: int | None = None):
+        self._quiet = quiet
+        self._bar = None
+        self._last_line = 0.0
+        self.steps = steps
+
+    def phase(self, text: str) -> None:
+        """Says what begins now."""
+        if not self._quiet:
+            print(text, flush=True) if self._bar is None else self._bar.console.print(text, highlight=False, markup=False)
+
+    def begin(self, steps: int, done: int) -> None:
+        """Starts the bar of a run of `steps` updates, `done` of which are done."""
+        self.steps = steps
+        if self._quiet or not sys.stdout.isatty():
+            return
+        from rich import progress
+
+        columns = ("[progress.description]{task.description}", progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeRemainingColumn())
+        self._bar = progress.Progress(*columns)
+        self._task = self._bar.add_task("", total=steps, completed=done)
+        self._bar.start()
+
+    def update(self, record: dict[str, Any]) -> None:
+        """Shows a step's record."""
+        import time
+
+        if self._quiet:
+            return
+        text = summary(record)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=record["step"], description=text)
+        evaluated = any(name.startswith("eval/") for name in record)
+        if evaluated or (self._bar is None and time.monotonic() - self._last_line > 5.0):
+            self._last_line = time.monotonic()
+            self.phase(f"step {record['step']}/{self.steps}  {text}")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+SHOWN = {
+    "train/loss": "loss {:.4f}",
+    "train/reverse_kl": "KL {:.3f}",
+    "rollout/reward": "reward {:.2f}",
+    "rollout/tokens_per_second": "{:.0f} tokens/s",
+    "eval/accuracy": "eval accuracy {:.3f}",
+    "eval/sampled_accuracy": "sampled {:.3f}",
+    "eval/reverse_kl": "reverse KL {:.3f}",
+    "eval/forward_kl": "forward KL {:.3f}",
+}
+
+
+def summary(record: dict[str, Any]) -> str:
+    """The few numbers of a record that a person watches."""
+    return "  ".join(text.format(record[name]) for name, text in SHOWN.items() if name in record)
