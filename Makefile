@@ -14,7 +14,7 @@ QUICKSTART := configs/quickstart.py
 	$(PYTHON) -m venv .venv
 	@touch $@
 
-.venv/installed: .venv/created requirements.txt requirements.lock
+.venv/installed: .venv/created requirements.txt $(wildcard requirements.lock)
 	$(PIP) --requirement requirements.txt $(LOCK)
 	@touch $@
 

@@ -1,7 +1,7 @@
 """Evaluates a student against its teacher and task, as training does before the first and after the last update.
 
-    python experiments/evaluate.py --config=configs/NAME.py[:arg] --workdir=RUN     # the newest student of a run
-    python experiments/evaluate.py --config=configs/NAME.py[:arg] --config.student.path=DIR
+python experiments/evaluate.py --config=configs/NAME.py[:arg] --workdir=RUN     # the newest student of a run
+python experiments/evaluate.py --config=configs/NAME.py[:arg] --config.student.path=DIR
 """
 
 import dataclasses

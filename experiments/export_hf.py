@@ -1,6 +1,6 @@
 """Writes the newest student of a run as a Hugging Face folder.
 
-    python experiments/export_hf.py --workdir=RUN --out=DIR
+python experiments/export_hf.py --workdir=RUN --out=DIR
 """
 
 import pathlib
@@ -22,7 +22,9 @@ def main(argv: list[str]) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out={out}: exists and is not an empty folder; give another one")
     if not model_io.is_run_directory(WORKDIR.value):
-        raise UserError(f"--workdir={WORKDIR.value}: is not a run directory (model/config.json is missing); give the --workdir of a training run")
+        raise UserError(
+            f"--workdir={WORKDIR.value}: is not a run directory (model/config.json is missing); give the --workdir of a training run"
+        )
     model = model_io.open_model(WORKDIR.value)
     hf.save(out, model.params, model.config, model.tokenizer)
     print(f"wrote {out}")

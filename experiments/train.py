@@ -1,6 +1,6 @@
 """Starts or resumes a run.
 
-    python experiments/train.py --config=configs/NAME.py[:arg] --workdir=DIR [--config.a.b=value ...]
+python experiments/train.py --config=configs/NAME.py[:arg] --workdir=DIR [--config.a.b=value ...]
 """
 
 import pathlib

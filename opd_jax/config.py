@@ -1,7 +1,8 @@
 """Every field of an experiment with its unit; ConfigDict -> frozen dataclasses, once; nothing below this file sees a ConfigDict.
 
-A file in `configs/` starts from `default()` (an ml_collections.ConfigDict that holds every field below), changes what it needs and returns it
-from `get_config(arg)`. The trainer turns it into a `Config` with `parse()`, which refuses unknown fields, wrong types and bad values.
+A file in `configs/` starts from `default()` (an ml_collections.ConfigDict that holds every field below), changes what it needs and returns
+it from `get_config(arg)`. The trainer turns it into a `Config` with `parse()`, which
+refuses unknown fields, wrong types and bad values.
 """
 
 import dataclasses
@@ -276,8 +277,38 @@ def check_choice(field: str, value: str, valid: tuple[str, ...]) -> None:
 
 
 def _check_range(flat: dict[str, Any]) -> None:
-    positive = ["rollout.batch_size", "rollout.group_size", "rollout.max_new_tokens", "rollout.max_prompt_length", "learner.microbatches", "mesh.data", "mesh.fsdp", "mesh.tensor", "eval.samples", "eval.batch_size", "checkpoint.every", "log.samples", "task.level", "task.eval_size", "student.init.hidden_size", "student.init.intermediate_size", "student.init.num_hidden_layers", "student.init.num_attention_heads", "student.init.num_key_value_heads", "student.init.max_position_embeddings"]
-    zero_or_more = ["seed", "steps", "rollout.top_k", "learner.warmup_steps", "learner.decay_steps", "eval.every", "eval.prompts", "log.samples_every"]
+    positive = [
+        "rollout.batch_size",
+        "rollout.group_size",
+        "rollout.max_new_tokens",
+        "rollout.max_prompt_length",
+        "learner.microbatches",
+        "mesh.data",
+        "mesh.fsdp",
+        "mesh.tensor",
+        "eval.samples",
+        "eval.batch_size",
+        "checkpoint.every",
+        "log.samples",
+        "task.level",
+        "task.eval_size",
+        "student.init.hidden_size",
+        "student.init.intermediate_size",
+        "student.init.num_hidden_layers",
+        "student.init.num_attention_heads",
+        "student.init.num_key_value_heads",
+        "student.init.max_position_embeddings",
+    ]
+    zero_or_more = [
+        "seed",
+        "steps",
+        "rollout.top_k",
+        "learner.warmup_steps",
+        "learner.decay_steps",
+        "eval.every",
+        "eval.prompts",
+        "log.samples_every",
+    ]
     zero_or_more += ["task.train_size", "task.seed"]
     for name in positive:
         _require(flat[name] >= 1, name, flat[name], "must be at least 1")
@@ -287,7 +318,13 @@ def _check_range(flat: dict[str, Any]) -> None:
         _require(flat[name] < 2**31, name, flat[name], "must be below 2**31")
     for name, value in flat.items():
         _require(not isinstance(value, float) or math.isfinite(value), name, value, "must be a finite number")
-    for name in ("learner.learning_rate", "loss.student_temperature", "loss.teacher_temperature", "learner.eps", "student.init.initializer_range"):
+    for name in (
+        "learner.learning_rate",
+        "loss.student_temperature",
+        "loss.teacher_temperature",
+        "learner.eps",
+        "student.init.initializer_range",
+    ):
         _require(flat[name] > 0, name, flat[name], "must be above 0")
     for name in ("rollout.temperature", "learner.weight_decay", "learner.clip_norm"):
         _require(flat[name] >= 0, name, flat[name], "must be 0 or more")
@@ -319,7 +356,12 @@ def validate(config: Config) -> None:
     _require(batch % learner.microbatches == 0, "learner.microbatches", learner.microbatches, f"must divide rollout.batch_size = {batch}")
     ways = config.mesh.data * config.mesh.fsdp
     micro = batch // learner.microbatches
-    _require(micro % ways == 0, "rollout.batch_size", batch, f"/ learner.microbatches = {micro} must be divisible by mesh.data * mesh.fsdp = {ways}")
+    _require(
+        micro % ways == 0,
+        "rollout.batch_size",
+        batch,
+        f"/ learner.microbatches = {micro} must be divisible by mesh.data * mesh.fsdp = {ways}",
+    )
     evaluated = config.eval.batch_size
     _require(evaluated % ways == 0, "eval.batch_size", evaluated, f"must be divisible by mesh.data * mesh.fsdp = {ways}")
     span = learner.decay_steps or config.steps
@@ -330,7 +372,9 @@ def validate(config: Config) -> None:
 def _check_teacher(config: Config) -> None:
     for block in ("student", "teacher"):
         source = getattr(config, block)
-        _require(not (source.path and source.recipe), f"{block}.path", source.path, f"and {block}.recipe = {source.recipe!r} exclude each other")
+        _require(
+            not (source.path and source.recipe), f"{block}.path", source.path, f"and {block}.recipe = {source.recipe!r} exclude each other"
+        )
     has_teacher = bool(config.teacher.path or config.teacher.recipe)
     needs = "" if config.signal.divergence in ("nll", "negative_entropy") else f"signal.divergence = {config.signal.divergence!r}"
     needs = "rollout.source = 'teacher'" if config.rollout.source == "teacher" else needs

@@ -134,7 +134,9 @@ def check_workdir(workdir: pathlib.Path, config: Config) -> None:
         raise UserError(f"{path}: cannot be read ({error}); give another --workdir, or restore the file") from None
     changed = config_lib.differences(previous, dataclasses.asdict(config))
     if changed:
-        raise UserError(f"--workdir={workdir}: its run has another config ({'; '.join(changed)}); give another --workdir, or the old values")
+        raise UserError(
+            f"--workdir={workdir}: its run has another config ({'; '.join(changed)}); give another --workdir, or the old values"
+        )
     if config.steps > previous["steps"] and not config.learner.decay_steps:
         log.warning("steps grow from %d to %d: the schedule is now stretched; set learner.decay_steps", previous["steps"], config.steps)
     records = workdir / "metrics.jsonl"
@@ -226,7 +228,9 @@ def _restore(checkpoints, student, optimizer, mesh, digest: str, teacher_path: s
     params = spec.abstract(transformer.param_specs(student.config), jnp.float32, mesh)
     step, state, info = checkpoints.restore(learner.abstract_state(params, optimizer))
     if info["teacher_hash"] != digest:
-        raise UserError(f"teacher.path = {teacher_path!r}: its weights are not those this run began with; restore them, or give another --workdir")
+        raise UserError(
+            f"teacher.path = {teacher_path!r}: its weights are not those this run began with; restore them, or give another --workdir"
+        )
     return state, step, info
 
 

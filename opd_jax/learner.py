@@ -115,7 +115,9 @@ def gradient(objective, student_config, teacher_config, params, teacher_params, 
 
         def loss(params):
             head = transformer.hidden(params, student_config, micro.student)
-            return objective_lib.loss(objective, head, target, micro.student.completion_BT, micro.context, micro.weights_BT, micro.denominator)
+            return objective_lib.loss(
+                objective, head, target, micro.student.completion_BT, micro.context, micro.weights_BT, micro.denominator
+            )
 
         (value, sums), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return value, sums, grads

@@ -20,10 +20,18 @@ class Description:
 
 def _glossary() -> dict[str, Description]:
     with_interval = {
-        "eval/accuracy": Description("share of held-out prompts whose greedy completion the verifier accepts (interval: Wilson)", "fraction"),
-        "eval/sampled_accuracy": Description("mean reward of samples at temperature 1: avg@k (interval: bootstrap over prompts)", "fraction"),
-        "eval/reverse_kl": Description("sum_t KL(student || teacher) / tokens on fresh samples of the student, exact over the vocabulary", "nats/token"),
-        "eval/forward_kl": Description("sum_t KL(teacher || student) / tokens on fresh samples of the teacher, exact over the vocabulary", "nats/token"),
+        "eval/accuracy": Description(
+            "share of held-out prompts whose greedy completion the verifier accepts (interval: Wilson)", "fraction"
+        ),
+        "eval/sampled_accuracy": Description(
+            "mean reward of samples at temperature 1: avg@k (interval: bootstrap over prompts)", "fraction"
+        ),
+        "eval/reverse_kl": Description(
+            "sum_t KL(student || teacher) / tokens on fresh samples of the student, exact over the vocabulary", "nats/token"
+        ),
+        "eval/forward_kl": Description(
+            "sum_t KL(teacher || student) / tokens on fresh samples of the teacher, exact over the vocabulary", "nats/token"
+        ),
     }
     intervals = {
         f"{name}_{end}": Description(f"{end} end of the 95% interval of {name} over the evaluation prompts", described.unit)
@@ -35,7 +43,9 @@ def _glossary() -> dict[str, Description]:
         "train/loss": Description("the objective on this step's batch, before the update", "nats, scaled by the normaliser"),
         "train/grad_norm": Description("global norm of the gradient before clipping", "loss per parameter unit"),
         "train/learning_rate": Description("learning rate of this update", "-"),
-        "train/reverse_kl": Description("mean over tokens of KL(student || teacher) on the student's own rollouts, exact over the vocabulary", "nats/token"),
+        "train/reverse_kl": Description(
+            "mean over tokens of KL(student || teacher) on the student's own rollouts, exact over the vocabulary", "nats/token"
+        ),
         "train/log_ratio_mean": Description("mean over tokens of log q(y) - log pi(y), teacher less student", "nats/token"),
         "train/tokens": Description("completion tokens in this step's loss", "tokens"),
         "rollout/length": Description("mean completion length, stop token included", "tokens"),
@@ -45,7 +55,7 @@ def _glossary() -> dict[str, Description]:
         "rollout/prompts_truncated": Description("prompts of this step that lost their first tokens", "prompts"),
         "rollout/tokens_total": Description("completion tokens in the loss since the run began", "tokens"),
         "rollout/tokens_per_second": Description("completion tokens of this step / time/step_seconds", "tokens/s"),
-        "time/step_seconds": Description("wall time of this step, without evaluations", "s"),
+        "time/step_seconds": Description("wall time of this step, without evaluations and checkpoints", "s"),
         "time/total_seconds": Description("sum of time/step_seconds since the run began", "s"),
         **with_interval,
         **intervals,
@@ -143,7 +153,12 @@ class Progress:
             return
         from rich import progress
 
-        columns = ("[progress.description]{task.description}", progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeRemainingColumn())
+        columns = (
+            "[progress.description]{task.description}",
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeRemainingColumn(),
+        )
         self._bar = progress.Progress(*columns)
         self._task = self._bar.add_task("", total=steps, completed=done)
         self._bar.start()

@@ -57,7 +57,9 @@ def partition_spec(mesh: Mesh, logical_axes: tuple[str | None, ...], shape: tupl
         axes = (axes,) if isinstance(axes, str) else (axes or ())
         clash = used.intersection(axes)
         if clash:
-            raise UserError(f"logical axes {logical_axes} use mesh axis {sorted(clash)[0]!r} twice: change the rule for {name!r} in parallel.Rules")
+            raise UserError(
+                f"logical axes {logical_axes} use mesh axis {sorted(clash)[0]!r} twice: change the rule for {name!r} in parallel.Rules"
+            )
         ways = 1
         for axis in axes:
             ways *= mesh.shape[axis]
@@ -75,7 +77,9 @@ _reported: set[tuple] = set()
 def _report_replicated(name: str, size: int, axes: tuple[str, ...], ways: int) -> None:
     if (name, size, axes, ways) not in _reported:
         _reported.add((name, size, axes, ways))
-        logging.getLogger(__name__).warning("axis %r of size %d is replicated: mesh axes %s do not divide it (%d ways)", name, size, axes, ways)
+        logging.getLogger(__name__).warning(
+            "axis %r of size %d is replicated: mesh axes %s do not divide it (%d ways)", name, size, axes, ways
+        )
 
 
 def sharding(mesh: Mesh, logical_axes: tuple[str | None, ...], shape: tuple[int, ...], rules: Rules = RULES) -> NamedSharding:

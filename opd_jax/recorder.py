@@ -1,5 +1,6 @@
 """The run directory while a run is running: records one step late, samples, evaluations, checkpoints, and the last save."""
 
+import dataclasses
 import time
 from collections.abc import Iterator
 
@@ -11,6 +12,17 @@ from opd_jax.data.pipeline import Batch
 from opd_jax.job import Job
 from opd_jax.metrics import Progress
 from opd_jax.types import Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """A step whose record is not written yet."""
+
+    step: int
+    prompts: Batch
+    completions: Rollout
+    measured: dict
+    seconds: float
 
 
 class Recorder:
@@ -27,7 +39,7 @@ class Recorder:
         self._saved_step = job.step if job.resumed else None
         self._info = dict(job.info)
         self._progress = progress
-        self._pending: tuple[int, Batch, Rollout, dict] | None = None
+        self._pending: Pending | None = None
         self._clock = time.perf_counter()
 
     def start(self) -> Iterator[dict]:
@@ -36,22 +48,28 @@ class Recorder:
             self._save()
         if self.step == 0 and self.job.evaluate is not None and not self.job.writer.has_record(0):
             yield self._write({"step": 0, **self._evaluation()})
+        self._clock = time.perf_counter()
 
     def record(self, step: int, prompts: Batch, completions: Rollout, measured: dict) -> Iterator[dict]:
         """Takes what update number `step` gave, writes what is due, yields the records written."""
-        # Taken in before anything is yielded: whoever leaves the loop at a yield must not lose this step.
-        previous, self._pending = self._pending, (step, prompts, completions, measured)
-        if previous is not None:
-            yield self._complete(previous)
         config = self.job.config
         last = step == config.steps
         evaluate = last or (config.eval.every > 0 and step % config.eval.every == 0)
         save = last or step % config.checkpoint.every == 0
         if evaluate or save:
+            jax.block_until_ready(measured)
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        # Taken in before anything is yielded: whoever leaves the loop at a yield must not lose this step.
+        previous, self._pending = self._pending, Pending(step, prompts, completions, measured, seconds)
+        if previous is not None:
+            yield self._complete(previous)
+        if evaluate or save:
             pending, self._pending = self._pending, None
             record = self._complete(pending, evaluate=evaluate)
             if save:
                 self._save()
+            self._clock = time.perf_counter()
             yield record
 
     def close(self) -> None:
@@ -65,11 +83,12 @@ class Recorder:
                 self._save()
             self._progress.close()
 
-    def _complete(self, pending: tuple[int, Batch, Rollout, dict], *, evaluate: bool = False) -> dict:
-        step, prompts, completions, measured = pending
-        record = {"step": step, **self._train_metrics(step, measured), **self._rollout_metrics(step, prompts, completions)}
-        record |= self._times(int(record["train/tokens"]))
-        self.step = step
+    def _complete(self, pending: Pending, *, evaluate: bool = False) -> dict:
+        record = {"step": pending.step, **self._train_metrics(pending.step, pending.measured), **self._rollout_metrics(pending)}
+        self._info["seconds"] += pending.seconds
+        record |= {"time/step_seconds": pending.seconds, "time/total_seconds": self._info["seconds"]}
+        record["rollout/tokens_per_second"] = record["train/tokens"] / pending.seconds
+        self.step = pending.step
         return self._write(record | (self._evaluation() if evaluate else {}))
 
     def _train_metrics(self, step: int, measured: dict) -> dict[str, float]:
@@ -82,7 +101,8 @@ class Recorder:
             values = {name: value for name, value in values.items() if name not in ("train/reverse_kl", "train/log_ratio_mean")}
         return values | {"train/learning_rate": float(self.job.schedule(step - 1))}
 
-    def _rollout_metrics(self, step: int, prompts: Batch, completions: Rollout) -> dict[str, float]:
+    def _rollout_metrics(self, pending: Pending) -> dict[str, float]:
+        step, prompts, completions = pending.step, pending.prompts, pending.completions
         config, tokenizer, task = self.job.config, self.job.student.tokenizer, self.job.task
         mask_BT, tokens_BT = np.asarray(completions.mask_BT), np.asarray(completions.tokens_BT)
         self._info["tokens_total"] += int(mask_BT.sum())
@@ -105,12 +125,6 @@ class Recorder:
             self.job.writer.samples(samples[: log.samples])
         return record
 
-    def _times(self, tokens: int) -> dict[str, float]:
-        now = time.perf_counter()
-        seconds, self._clock = now - self._clock, now
-        self._info["seconds"] += seconds
-        return {"time/step_seconds": seconds, "time/total_seconds": self._info["seconds"], "rollout/tokens_per_second": tokens / seconds}
-
     def _evaluation(self) -> dict[str, float]:
         if self.job.evaluate is None:
             return {}
@@ -118,8 +132,7 @@ class Recorder:
         start = time.perf_counter()
         with jax.set_mesh(self.job.mesh):
             values = self.job.evaluate(self.state.params)
-        self._clock = time.perf_counter()
-        return values | {"time/eval_seconds": self._clock - start}
+        return values | {"time/eval_seconds": time.perf_counter() - start}
 
     def _write(self, record: dict) -> dict:
         self.job.writer.write(record)

@@ -21,16 +21,18 @@ from opd_jax.types import Rollout, view
 
 
 def run(config, workdir, *, stop: StopRequest | None = None, progress: Progress | None = None) -> Iterator[dict]:
-    """Starts or resumes the run of a ConfigDict (what `get_config` returns) and yields one record per step, `step` 0 first; what is yielded is already in metrics.jsonl.
+    """Starts or resumes the run of a ConfigDict (what `get_config` returns); yields one record per step, `step` 0 first.
 
-    Leaving the loop early saves the state. Raises UserError, before any work, for a config or workdir that cannot be used; Interrupted
-    once `stop` is set; FloatingPointError when a loss or gradient is not finite. The state is saved in each case.
+    What is yielded is already in metrics.jsonl. Leaving the loop early saves the state. Raises UserError, before any work, for
+    a config or workdir that cannot be used; Interrupted once `stop` is set; FloatingPointError when a loss or gradient is not finite. The
+    state is saved in each case.
     """
     progress = progress or Progress(quiet=True)
     parsed = config_lib.parse(config)
     job = setup(parsed, workdir, make_model=functools.partial(make_model, stop=stop, progress=progress), progress=progress)
     recorder = Recorder(job, progress)
     try:
+        progress.begin(job.config.steps, done=job.step)
         yield from recorder.start()
         for step in range(job.step, job.config.steps):
             if stop:

@@ -1,6 +1,7 @@
 """Config: unknown fields, types and ranges are refused with the field, the value and what is valid."""
 
 import dataclasses
+import pathlib
 import re
 
 import pytest
@@ -41,14 +42,23 @@ def test_defaults_round_trip():
         ({"rollout__batch_size": 0}, "config field rollout.batch_size = 0 must be at least 1"),
         ({"rollout__group_size": 5}, "config field rollout.group_size = 5 must divide rollout.batch_size = 64"),
         ({"learner__microbatches": 5}, "config field learner.microbatches = 5 must divide rollout.batch_size = 64"),
-        ({"mesh__data": 3}, "config field rollout.batch_size = 64 / learner.microbatches = 64 must be divisible by mesh.data * mesh.fsdp = 3"),
+        (
+            {"mesh__data": 3},
+            "config field rollout.batch_size = 64 / learner.microbatches = 64 must be divisible by mesh.data * mesh.fsdp = 3",
+        ),
         ({"rollout__top_p": 0.0}, "config field rollout.top_p = 0.0 must be above 0 and at most 1"),
         ({"rollout__temperature": -1.0}, "config field rollout.temperature = -1.0 must be 0 or more"),
         ({"loss__student_temperature": 0.0}, "config field loss.student_temperature = 0.0 must be above 0"),
         ({"learner__learning_rate": float("nan")}, "config field learner.learning_rate = nan must be a finite number"),
-        ({"rollout__source": "teachr"}, "config field rollout.source = 'teachr' is not known; valid: student, teacher, dataset; did you mean teacher?"),
+        (
+            {"rollout__source": "teachr"},
+            "config field rollout.source = 'teachr' is not known; valid: student, teacher, dataset; did you mean teacher?",
+        ),
         ({"loss__normaliser": "mean"}, "config field loss.normaliser = 'mean' is not known; valid: token_mean, sequence_mean"),
-        ({"teacher__path": ""}, "config field teacher.path = '' must name a model, because signal.divergence = 'reverse_kl' needs a teacher"),
+        (
+            {"teacher__path": ""},
+            "config field teacher.path = '' must name a model, because signal.divergence = 'reverse_kl' needs a teacher",
+        ),
         ({"teacher__recipe": "x.py"}, "config field teacher.path = 'somewhere' and teacher.recipe = 'x.py' exclude each other"),
         ({"checkpoint__keep": 1}, "config field checkpoint.keep = 1 must be at least 2"),
         ({"seed": 2**31}, "config field seed = 2147483648 must be below 2**31"),
@@ -62,7 +72,7 @@ def test_refused_with_field_value_and_remedy(fields, message):
 
 
 def test_every_field_has_a_comment_with_its_meaning():
-    text = open(config.__file__).read()
+    text = pathlib.Path(config.__file__).read_text()
     for cls in vars(config).values():
         if dataclasses.is_dataclass(cls):
             for field in dataclasses.fields(cls):

@@ -12,7 +12,26 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "opd_jax"
 
 # From top to bottom; the modules of one line may not import each other unless they are one package.
-FLOORS = ["types", "config cli", "numerics", "parallel", "models", "data", "sampler", "score", "rollout", "checkpoint", "model_io", "teachers", "objective", "learner", "metrics", "evaluate", "job", "recorder", "train", "analysis"]
+FLOORS = """types
+config cli
+numerics
+parallel
+models
+data
+sampler
+score
+rollout
+checkpoint
+model_io
+teachers
+objective
+learner
+metrics
+evaluate
+job
+recorder
+train
+analysis""".splitlines()
 FLOOR = {name: level for level, line in enumerate(FLOORS) for name in line.split()}
 
 # Vendor -> the modules that may import it.

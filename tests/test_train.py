@@ -198,7 +198,9 @@ def script(name, *flags, **kwargs):
 
 def interrupt_after(flags, workdir, records, signum=signal.SIGTERM):
     """Starts train.py, sends the signal when metrics.jsonl has this many records, returns (status, stderr, steps on record)."""
-    process = subprocess.Popen([sys.executable, "experiments/train.py", *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "experiments/train.py", *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     path = workdir / "metrics.jsonl"
     while process.poll() is None and not (path.exists() and path.read_text().count("\n") >= records):
         time.sleep(0.1)
@@ -209,7 +211,12 @@ def interrupt_after(flags, workdir, records, signum=signal.SIGTERM):
 
 @pytest.mark.slow
 def test_sigterm_and_sigint_save_and_the_same_command_continues(teacher, tmp_path):
-    flags = ["--config=configs/quickstart.py:sft,tiny", f"--workdir={tmp_path}", f"--config.teacher.path={teacher}", "--config.teacher.recipe="]
+    flags = [
+        "--config=configs/quickstart.py:sft,tiny",
+        f"--workdir={tmp_path}",
+        f"--config.teacher.path={teacher}",
+        "--config.teacher.recipe=",
+    ]
     flags += ["--config.student.recipe=", "--config.steps=1000000", "--config.eval.prompts=0", "--config.checkpoint.every=1000000"]
     status, errors, first = interrupt_after(flags, tmp_path, 3)
     assert status == 143, errors
@@ -231,5 +238,7 @@ def test_kill_at_any_moment_continues_bit_for_bit(teacher, tmp_path):
     assert status == -signal.SIGKILL
     finished = script("train.py", *flags)
     assert finished.returncode == 0, finished.stderr
-    assert without_clock(metrics.read(tmp_path / "killed" / "metrics.jsonl")) == without_clock(metrics.read(tmp_path / "whole" / "metrics.jsonl"))
+    assert without_clock(metrics.read(tmp_path / "killed" / "metrics.jsonl")) == without_clock(
+        metrics.read(tmp_path / "whole" / "metrics.jsonl")
+    )
     assert_same_student(tmp_path / "killed", tmp_path / "whole")

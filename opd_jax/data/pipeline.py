@@ -45,7 +45,9 @@ class Pipeline:
         if not len(examples):
             raise UserError("the task has no training examples; give more data, or lower task.eval_size")
         if prompts_per_step % process_count:
-            raise UserError(f"{prompts_per_step} prompts per step cannot be split over {process_count} processes; change rollout.batch_size")
+            raise UserError(
+                f"{prompts_per_step} prompts per step cannot be split over {process_count} processes; change rollout.batch_size"
+            )
         self._tokenizer, self._group_size = tokenizer, group_size
         self._limits = {"max_prompt_length": max_prompt_length, "overlong": overlong}
         self._per_step, self._process = prompts_per_step, (process_index, process_count)
@@ -82,11 +84,13 @@ def encode_prompt(text: str, tokenizer: Tokenizer, *, max_prompt_length: int, ov
     """(ids of a prompt, whether it was truncated). One beyond the limit is refused, or loses its first tokens. Raises UserError."""
     ids = tokenizer.encode_prompt(text)
     if not ids:
-        raise UserError(f"the prompt {text!r} has no tokens, and the tokenizer has no beginning-of-sequence token to start from; give a prompt")
+        raise UserError(
+            f"the prompt {text!r} has no tokens, and the tokenizer has no beginning-of-sequence token to start from; give a prompt"
+        )
     if len(ids) > max_prompt_length:
         if overlong == "refuse":
             raise UserError(
-                f"a prompt has {len(ids)} tokens, at most {max_prompt_length} fit (rollout.max_prompt_length, and the context of the models less "
+                f"a prompt has {len(ids)} tokens, at most {max_prompt_length} fit (rollout.max_prompt_length, and the models' context less "
                 f"rollout.max_new_tokens): {text[:40]!r}...; raise the limit, or set rollout.overlong=truncate"
             )
         return ids[-max_prompt_length:], True
@@ -97,7 +101,9 @@ def encode_prompts(
     texts: Sequence[str], tokenizer: Tokenizer, *, ids: Sequence[int], max_prompt_length: int, overlong: str
 ) -> tuple[Prompts, int]:
     """(left-padded Prompts as NumPy arrays, how many were truncated). The width is a multiple of BUCKET; `ids` are the rollouts' ids."""
-    rows, cut = zip(*(encode_prompt(text, tokenizer, max_prompt_length=max_prompt_length, overlong=overlong) for text in texts), strict=True)
+    rows, cut = zip(
+        *(encode_prompt(text, tokenizer, max_prompt_length=max_prompt_length, overlong=overlong) for text in texts), strict=True
+    )
     width = -(-max(map(len, rows)) // BUCKET) * BUCKET
     mask_BS = np.arange(width)[None, :] >= width - np.array([len(row) for row in rows])[:, None]
     tokens_BS = np.full(mask_BS.shape, tokenizer.pad_id, np.int32)

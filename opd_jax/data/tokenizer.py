@@ -142,7 +142,7 @@ def check_compatible(student: Tokenizer, teacher: Tokenizer) -> None:
         if a != b:
             at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
             raise UserError(
-                f"teacher.path: its tokenizer splits {text[:40]!r} differently from token {at} on ({b[at : at + 3]} instead of {a[at : at + 3]}); "
+                f"teacher.path: its tokenizer splits {text[:40]!r} differently from token {at} ({b[at : at + 3]}, not {a[at : at + 3]}), "
                 "choose a teacher of the student's family"
             )
     if not set(student.eos_ids) & set(teacher.eos_ids) and (student.eos_ids or teacher.eos_ids):

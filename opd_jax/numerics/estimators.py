@@ -267,7 +267,14 @@ def build(signal: Signal, credit: str, gamma: float) -> Estimator:
     if credit not in credit_lib.CREDITS:
         raise ValueError(f"estimator.credit = {credit!r} is not known; valid: {', '.join(credit_lib.CREDITS)}")
     discount = gamma if credit == "discounted" else 1.0
-    about = {"name": f"{signal.kind}/{signal.support}/{credit}", "claim": "", "formula": "", "reference": "", "target": "", "unbiased": False}
+    about = {
+        "name": f"{signal.kind}/{signal.support}/{credit}",
+        "claim": "",
+        "formula": "",
+        "reference": "",
+        "target": "",
+        "unbiased": False,
+    }
     if signal.kind == "reverse_kl" and signal.support == "sampled":
         return ScoreFunction(**about, signal=signal, credit=credit, gamma=discount)
     if credit == "token":

@@ -85,7 +85,7 @@ class Signal:
             raise ValueError(f"signal.beta = {self.beta!r} must be between 0 and 1 for signal.divergence = {self.kind!r}")
         if self.kind == "jsd" and 0 < min(self.beta, 1 - self.beta) < 1e-3:
             raise ValueError(
-                f"signal.beta = {self.beta!r} makes signal.divergence = 'jsd' vanish (it tends to 0 at both ends, but is a KL exactly at 0 and 1); "
+                f"signal.beta = {self.beta!r} makes signal.divergence = 'jsd' vanish (it tends to 0 at both ends, a KL exactly there); "
                 "use 0, 1, or a value from 0.001 to 0.999"
             )
 
@@ -124,7 +124,9 @@ def token_stats(
     """
     wanted = tuple(name for name in STATISTICS if name in needs)
     assert set(wanted) == set(needs), f"unknown statistics {set(needs) - set(wanted)}"
-    assert target is not None or (signal.needs_target <= ("local" not in wanted) and not {"target_logp", "kl", "target_entropy"} & set(needs))
+    assert target is not None or (
+        signal.needs_target <= ("local" not in wanted) and not {"target_logp", "kl", "target_entropy"} & set(needs)
+    )
     teacher = jax.lax.stop_gradient(target.heads[0]) if target is not None else None
     student, teacher = _share_vocabulary(student, teacher)
     tile = tile or _fitting_tile(*tokens_BT.shape, _vocabulary(student))

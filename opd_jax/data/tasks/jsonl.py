@@ -44,7 +44,7 @@ def read(path: str, *, train_size: int, eval_size: int) -> Jsonl:
     train, held_out = examples[: len(examples) - eval_size], examples[len(examples) - eval_size :]
     if len(examples) <= eval_size or len(train) < train_size:
         raise UserError(
-            f"task.path = {path!r}: has {len(examples)} examples, too few for task.eval_size = {eval_size} and task.train_size = {train_size}; "
+            f"task.path = {path!r}: {len(examples)} examples, too few for task.eval_size = {eval_size} and task.train_size = {train_size}; "
             "lower them"
         )
     return Jsonl(tuple(train[: train_size or None]), tuple(held_out), all(example.answer is not None for example in examples))
@@ -61,7 +61,7 @@ def _example(path: str, number: int, line: str, index: int) -> Example:
     except ValueError as error:
         raise UserError(f"{where}: is not JSON ({error}); write one object per line") from None
     if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
-        raise UserError(f"{where}: has no `prompt` text; write {{\"prompt\": ...}}, optionally with answer and solution")
+        raise UserError(f'{where}: has no `prompt` text; write {{"prompt": ...}}, optionally with answer and solution')
     for name in FIELDS[1:]:
         value = fields.get(name)
         if value is not None and not isinstance(value, str | int | float):
