@@ -33,7 +33,7 @@ def get_config(arg=None):
     c.student.recipe = f"configs/quickstart.py:student{suffix}"
     c.steps = 4 if arg.tiny else 100
     c.task.train_size = arg.prompts
-    c.learner.learning_rate = 1e-3
+    c.learner.learning_rate = 2e-3
     if arg.role == "opd":
         c.rollout.source = "student"
         c.signal.divergence = "reverse_kl"
@@ -53,7 +53,10 @@ def recipe(c, arg):
     c.log.samples_every = 0
     c.student.init.hidden_size = 128 if arg.role == "teacher" else 64
     c.student.init.intermediate_size = 3 * c.student.init.hidden_size
-    c.steps = {"teacher": 200, "student": 120}[arg.role]
+    c.student.init.initializer_range = 0.08 if arg.role == "teacher" else 0.12
+    c.learner.learning_rate = 3e-3 if arg.role == "teacher" else 4e-3
+    c.steps = {"teacher": 200, "student": 150}[arg.role]
+    c.learner.decay_steps = 260 if arg.role == "student" else 0
     if arg.tiny:
         c.steps = {"teacher": 8, "student": 4}[arg.role]
         c.student.init.hidden_size = {"teacher": 32, "student": 16}[arg.role]

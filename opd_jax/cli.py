@@ -72,7 +72,17 @@ def _parse_flags() -> list[str]:
     argv = flags.FLAGS(sys.argv)
     if len(argv) > 1:
         raise UserError(f"argument {argv[1]!r} is not a flag; write --name=value (--help lists them)")
+    for name in flags.FLAGS:
+        _check_loaded(name, flags.FLAGS[name].value)
     return argv
+
+
+def _check_loaded(name: str, value) -> None:
+    """A config file that cannot be opened is reported by its flag when an attribute of the value is used for the first time."""
+    try:
+        getattr(value, "keys", None)
+    except OSError as error:
+        raise UserError(f"--{name}: the config file cannot be loaded ({str(error).splitlines()[-1].strip()}); give an existing file") from None
 
 
 def _flag_message(error: Exception) -> str:

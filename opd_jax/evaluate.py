@@ -41,7 +41,7 @@ class Evaluator:
 
     def __call__(self, params: dict) -> dict[str, float]:
         """All `eval/` metrics of a student with these parameters."""
-        metrics = {}
+        metrics = {"eval/prompts": len(self.examples)}
         if self.task.verifiable:
             rewards_P = self._rewards(self._sample(params, self.student.config, GREEDY))[:, 0]
             metrics |= proportion("eval/accuracy", rewards_P)
@@ -54,7 +54,10 @@ class Evaluator:
         metrics["eval/entropy"] = float(stats["entropy"].sum() / stats["tokens"].sum())
         if self.teacher is not None:
             metrics |= ratio_with_interval("eval/reverse_kl", stats["local"], stats["tokens"])
-            stats = self._score(params, self._sample(self.teacher.params, self.teacher.config, TEACHER), "forward_kl")
+            rollouts = self._sample(self.teacher.params, self.teacher.config, TEACHER)
+            if self.task.verifiable:
+                metrics["eval/teacher_sampled_accuracy"] = float(self._rewards(rollouts).mean())
+            stats = self._score(params, rollouts, "forward_kl")
             metrics |= ratio_with_interval("eval/forward_kl", stats["local"], stats["tokens"])
         return metrics
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
 from opd_jax import checkpoint, learner, metrics, model_io, parallel, rollout, teachers
@@ -41,7 +40,7 @@ class Job:
     pipeline: Pipeline
     rollouts: rollout.Source
     objective: objective_lib.Objective
-    schedule: optax.Schedule
+    schedule: Callable
     update: Callable
     evaluate: Evaluator | None
     checkpoints: checkpoint.Checkpoints

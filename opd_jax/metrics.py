@@ -59,6 +59,8 @@ def _glossary() -> dict[str, Description]:
         "time/total_seconds": Description("sum of time/step_seconds since the run began", "s"),
         **with_interval,
         **intervals,
+        "eval/prompts": Description("held-out prompts of this evaluation", "prompts"),
+        "eval/teacher_sampled_accuracy": Description("mean reward of the teacher's samples at temperature 1", "fraction"),
         "eval/pass_at_k": Description("chance that at least one of eval.samples completions is accepted, unbiased", "fraction"),
         "eval/entropy": Description("mean over tokens of the student's entropy on its own samples", "nats/token"),
         "eval/length": Description("mean length of the student's samples, stop token included", "tokens"),
