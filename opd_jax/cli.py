@@ -50,8 +50,8 @@ def run(main: Callable[[list[str]], None]) -> None:
 def _status(main: Callable[[list[str]], None]) -> int:
     try:
         argv = _parse_flags()
-    except SystemExit:
-        raise
+    except SystemExit:  # --help was answered; absl's own status for it is 1
+        return 0
     except Exception as error:  # absl and config files raise many types; each is a mistake on the command line or in the file
         return _refuse(_flag_message(error))
     try:
@@ -82,7 +82,8 @@ def _check_loaded(name: str, value) -> None:
     try:
         getattr(value, "keys", None)
     except OSError as error:
-        raise UserError(f"--{name}: the config file cannot be loaded ({str(error).splitlines()[-1].strip()}); give an existing file") from None
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"--{name}: the config file cannot be loaded ({reason}); give an existing file") from None
 
 
 def _flag_message(error: Exception) -> str:
