@@ -200,8 +200,9 @@ def _local(logp, logq, tokens_BT, signal: Signal) -> tuple[jax.Array, jax.Array]
         return -_pick(logp, tokens_BT), jnp.exp(logp) - chosen
     value, slope = entries.entry(signal.kind, signal.beta)(logp, logq)
     if signal.support == "sampled":
-        # sg(df/dp(y)) log p(y), with df/dp = slope / p: finite, because y was drawn from p.
-        weight = _pick(slope, tokens_BT) * jnp.exp(-_pick(logp, tokens_BT))
+        # sg(df/dp(y)) log p(y), with df/dp = slope / p. A token without mass was not drawn: it is padding, and must not make NaN.
+        p_BT = jnp.exp(_pick(logp, tokens_BT))
+        weight = jnp.where(p_BT > 0, _pick(slope, tokens_BT) / jnp.where(p_BT > 0, p_BT, 1), 0)
         chosen = jax.nn.one_hot(tokens_BT, logp.shape[-1], dtype=logp.dtype)
         return weight * _pick(logp, tokens_BT), weight[..., None] * (chosen - jnp.exp(logp))
     return jnp.sum(value, axis=-1), slope - jnp.exp(logp) * jnp.sum(slope, axis=-1, keepdims=True)

@@ -1,0 +1,268 @@
+"""The tiled loss path equals the dense one, values and gradients, and never holds [B, T, V]."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from opd_jax.numerics import token_stats as lib
+from opd_jax.numerics.token_stats import STATISTICS, DenseHead, Head, Signal, Target, token_stats
+
+B, T, D, V = 3, 7, 5, 11
+SIGNALS = {
+    "reverse_kl": Signal("reverse_kl"),
+    "forward_kl": Signal("forward_kl", student_temperature=0.7, teacher_temperature=1.4),
+    "jsd": Signal("jsd", beta=0.3, student_temperature=1.2),
+    "sampled reverse_kl": Signal("reverse_kl", "sampled"),
+    "nll": Signal("nll"),
+    "cross_entropy": Signal("cross_entropy"),
+    "negative_entropy": Signal("negative_entropy"),
+}
+
+
+def heads(dtype=jnp.float32, softcap=None, valid=None, seed=0, teacher_width=D + 2, vocab=V, scale=1.0):
+    rng = np.random.default_rng(seed)
+    make = lambda width: Head(
+        jnp.asarray(scale * rng.normal(size=(B, T, width)), dtype),
+        jnp.asarray(scale * rng.normal(size=(width, vocab)), dtype),
+        softcap,
+        None if valid is None else jnp.arange(vocab) < valid,
+    )
+    tokens_BT = jnp.asarray(rng.integers(0, valid or vocab, (B, T)), jnp.int32)
+    return make(D), make(teacher_width), tokens_BT
+
+
+def dense(head: Head) -> DenseHead:
+    """The logits, by plain matrix products, differentiable by jax alone."""
+    logits = jnp.einsum(
+        "btd,dv->btv", head.hidden_BTD, head.unembed_DV, preferred_element_type=jnp.promote_types(head.hidden_BTD.dtype, "float32")
+    )
+    if head.softcap is not None:
+        logits = head.softcap * jnp.tanh(logits / head.softcap)
+    return DenseHead(logits, head.valid_V)
+
+
+def plain_loss(student: Head, teacher: Head, tokens_BT, signal: Signal):
+    """(logp, local) with jax's own differentiation of log_softmax: no custom rule, no tiles."""
+    mask = lambda head, logits: logits if head.valid_V is None else jnp.where(head.valid_V[None, None], logits, -jnp.inf)
+    logp = jax.nn.log_softmax(mask(student, dense(student).logits_BTV / signal.student_temperature), axis=-1)
+    logq = jax.nn.log_softmax(mask(teacher, dense(teacher).logits_BTV / signal.teacher_temperature), axis=-1)
+    p, q = jnp.exp(logp), jnp.exp(logq)
+    finite = lambda x: jnp.where(jnp.isfinite(x), x, 0.0)
+    pick = lambda x: jnp.take_along_axis(x, tokens_BT[..., None], axis=-1)[..., 0]
+    m = jnp.log(signal.beta * q + (1 - signal.beta) * p) if signal.kind == "jsd" else None
+    local = {
+        "reverse_kl": lambda: jnp.sum(p * (finite(logp) - finite(logq)), -1),
+        "forward_kl": lambda: jnp.sum(q * (finite(logq) - finite(logp)), -1),
+        "jsd": lambda: jnp.sum(signal.beta * q * (logq - m) + (1 - signal.beta) * p * (logp - m), -1),
+        "nll": lambda: -pick(logp),
+        "cross_entropy": lambda: -jnp.sum(q * finite(logp), -1),
+        "negative_entropy": lambda: jnp.sum(p * finite(logp), -1),
+    }[signal.kind]()
+    if signal.support == "sampled":
+        local = jax.lax.stop_gradient(pick(logp) - pick(logq)) * pick(logp)
+    return pick(logp), local
+
+
+def loss(function, student, teacher, tokens_BT, signal):
+    logp, local = function(student, teacher, tokens_BT, signal)
+    rng = np.random.default_rng(9)
+    a, b = (jnp.asarray(rng.normal(size=(B, T)), logp.dtype) for _ in range(2))
+    return jnp.sum(a * logp + b * local)
+
+
+def tiled(tile):
+    def function(student, teacher, tokens_BT, signal):
+        stats = token_stats(student, Target((teacher,)), tokens_BT, signal=signal, needs=("logp", "local"), tile=tile)
+        return stats.logp_BT, stats.local_BT
+
+    return function
+
+
+def value_and_gradients(function, student, teacher, tokens_BT, signal):
+    arrays = (student.hidden_BTD, student.unembed_DV)
+    rebuild = lambda hidden, unembed: Head(hidden, unembed, student.softcap, student.valid_V)
+    return jax.value_and_grad(lambda *a: loss(function, rebuild(*a), teacher, tokens_BT, signal), argnums=(0, 1))(*arrays)
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+@pytest.mark.parametrize("softcap, valid", [(None, None), (2.0, None), (None, 8)])
+def test_tiles_equal_the_dense_form_with_gradients_in_float64(name, softcap, valid, float64):
+    if name == "jsd" and valid:
+        valid = None  # the plain oracle cannot subtract two infinities; entries are tested without mass in test_divergences
+    student, teacher, tokens_BT = heads(jnp.float64, softcap, valid)
+    expected, wanted = value_and_gradients(plain_loss, student, teacher, tokens_BT, SIGNALS[name])
+    for tile in (1, 3, T, None):
+        found, gradients = value_and_gradients(tiled(tile), student, teacher, tokens_BT, SIGNALS[name])
+        offset = 0.0
+        if SIGNALS[name].support == "sampled":
+            offset = value_offset(student, teacher, tokens_BT)
+        assert float(found) == pytest.approx(float(expected) + offset, abs=1e-10)
+        for a, b in zip(gradients, wanted, strict=True):
+            if SIGNALS[name].support == "full":
+                np.testing.assert_allclose(a, b, atol=1e-11)
+
+
+def value_offset(student, teacher, tokens_BT):
+    """Sampled values are no divergence; only their gradient is promised, which test_divergences checks in expectation."""
+    args = (student, teacher, tokens_BT, SIGNALS["sampled reverse_kl"])
+    return float(loss(tiled(T), *args) - loss(plain_loss, *args))
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_tiles_equal_the_dense_form_in_float32(name):
+    student, teacher, tokens_BT = heads()
+    expected, wanted = value_and_gradients(tiled(T), student, teacher, tokens_BT, SIGNALS[name])
+    for tile in (2, 5):
+        found, gradients = value_and_gradients(tiled(tile), student, teacher, tokens_BT, SIGNALS[name])
+        assert float(found) == pytest.approx(float(expected), rel=1e-5)
+        for a, b in zip(gradients, wanted, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+def test_sampled_gradient_is_the_log_ratio_times_the_score(float64):
+    student, teacher, tokens_BT = heads(jnp.float64)
+    signal = SIGNALS["sampled reverse_kl"]
+    found = value_and_gradients(lambda *a: (jnp.zeros((B, T)), tiled(3)(*a)[1]), student, teacher, tokens_BT, signal)[1]
+    wanted = value_and_gradients(lambda *a: (jnp.zeros((B, T)), plain_loss(*a)[1]), student, teacher, tokens_BT, signal)[1]
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-11)
+
+
+def test_all_statistics_equal_dense_numpy(float64):
+    student, teacher, tokens_BT = heads(jnp.float64, valid=8)
+    stats = token_stats(student, Target((teacher,)), tokens_BT, signal=Signal("reverse_kl"), needs=STATISTICS, tile=2)
+    softmax = lambda head: np.asarray(jax.nn.softmax(dense(head).logits_BTV[..., :8], axis=-1))
+    p, q = softmax(student), softmax(teacher)
+    pick = lambda x: np.take_along_axis(x, np.asarray(tokens_BT)[..., None], -1)[..., 0]
+    expected = {
+        "logp": np.log(pick(p)),
+        "local": (p * np.log(p / q)).sum(-1),
+        "target_logp": np.log(pick(q)),
+        "kl": (p * np.log(p / q)).sum(-1),
+        "entropy": -(p * np.log(p)).sum(-1),
+        "target_entropy": -(q * np.log(q)).sum(-1),
+    }
+    for name in STATISTICS:
+        np.testing.assert_allclose(getattr(stats, f"{name}_BT"), expected[name], atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd", "sampled reverse_kl"])
+def test_equal_heads_give_exactly_0(name):
+    student, _, tokens_BT = heads(scale=4.0)
+    signal = Signal(SIGNALS[name].kind, SIGNALS[name].support, SIGNALS[name].beta)
+    local = lambda hidden: token_stats(
+        Head(hidden, student.unembed_DV), Target((student,)), tokens_BT, signal=signal, needs=("local",), tile=3
+    ).local_BT.sum()
+    value, gradient = jax.value_and_grad(local)(student.hidden_BTD)
+    assert float(value) == 0.0 and float(jnp.abs(gradient).max()) == 0.0
+
+
+def test_padding_tokens_without_mass_make_no_nan():
+    """Padding is no draw of the student; in float32 its probability may be exactly 0, and 0 * NaN would reach the gradient."""
+    hidden_BTD = jnp.full((1, 1, 1), 200.0)
+    unembed_DV = jnp.array([[1.0, -1.0]])
+    teacher = Head(hidden_BTD, unembed_DV / 50)
+
+    def masked_loss(hidden_BTD):
+        stats = token_stats(
+            Head(hidden_BTD, unembed_DV),
+            Target((teacher,)),
+            jnp.ones((1, 1), jnp.int32),
+            signal=Signal("reverse_kl", "sampled"),
+            needs=("local",),
+        )
+        return jnp.sum(0.0 * jnp.where(jnp.zeros((1, 1), bool), stats.local_BT, 0.0))
+
+    assert float(jnp.abs(jax.grad(masked_loss)(hidden_BTD)).max()) == 0.0
+
+
+def test_the_target_and_the_other_statistics_have_no_gradient():
+    student, teacher, tokens_BT = heads()
+
+    def total(teacher_hidden, student_hidden):
+        stats = token_stats(
+            Head(student_hidden, student.unembed_DV),
+            Target((Head(teacher_hidden, teacher.unembed_DV),)),
+            tokens_BT,
+            signal=Signal("reverse_kl"),
+            needs=STATISTICS,
+        )
+        constants = stats.target_logp_BT + stats.kl_BT + stats.entropy_BT + stats.target_entropy_BT
+        return jnp.sum(stats.local_BT), jnp.sum(constants)
+
+    over_teacher = jax.grad(lambda t: total(t, student.hidden_BTD)[0])(teacher.hidden_BTD)
+    over_student = jax.grad(lambda s: total(teacher.hidden_BTD, s)[1])(student.hidden_BTD)
+    assert not np.asarray(over_teacher).any() and not np.asarray(over_student).any()
+
+
+def test_vocabularies_padded_to_different_sizes():
+    """Rows beyond the smaller vocabulary have no mass: the same numbers as with both cut to it."""
+    student, teacher, tokens_BT = heads(valid=8)
+    longer = Head(teacher.hidden_BTD, jnp.pad(teacher.unembed_DV, ((0, 0), (0, 5)), constant_values=9.0), None, jnp.arange(V + 5) < 8)
+    cut = lambda head: Head(head.hidden_BTD, head.unembed_DV[:, :8])
+    of = lambda s, t: token_stats(s, Target((t,)), tokens_BT, signal=Signal("reverse_kl"), needs=("local", "logp"))
+    for a, b in (
+        (of(student, longer), of(cut(student), cut(teacher))),
+        (of(longer_student(student), teacher), of(cut(student), cut(teacher))),
+    ):
+        np.testing.assert_allclose(a.local_BT, b.local_BT, atol=1e-5)
+        np.testing.assert_allclose(a.logp_BT, b.logp_BT, atol=1e-5)
+
+
+def longer_student(head):
+    return Head(head.hidden_BTD, jnp.pad(head.unembed_DV, ((0, 0), (0, 2))), None, jnp.arange(V + 2) < 8)
+
+
+def test_bfloat16_heads_sum_in_float32():
+    student, teacher, tokens_BT = heads(jnp.bfloat16, vocab=400, scale=0.3)
+    wide = lambda head: Head(head.hidden_BTD.astype(jnp.float32), head.unembed_DV.astype(jnp.float32))
+    found, gradients = value_and_gradients(tiled(2), student, teacher, tokens_BT, SIGNALS["reverse_kl"])
+    expected, wanted = value_and_gradients(tiled(2), wide(student), wide(teacher), tokens_BT, SIGNALS["reverse_kl"])
+    assert found.dtype == jnp.float32 and float(found) == pytest.approx(float(expected), rel=1e-4)
+    assert gradients[0].dtype == jnp.bfloat16
+    for a, b in zip(gradients, wanted, strict=True):
+        assert float(jnp.abs(a.astype(jnp.float32) - b).max()) < 0.02 * float(jnp.abs(b).max())
+
+
+def sizes_in(jaxpr):
+    """The sizes of all arrays that a program makes, inner programs included."""
+    for equation in jaxpr.eqns:
+        for variable in equation.outvars:
+            yield int(np.prod(variable.aval.shape)) if hasattr(variable.aval, "shape") else 0
+        for value in equation.params.values():
+            for inner in value if isinstance(value, list | tuple) else [value]:
+                if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                    yield from sizes_in(getattr(inner, "jaxpr", inner))
+
+
+def test_no_array_holds_positions_times_vocabulary():
+    rows, length, width, vocab, tile = 2, 64, 4, 1000, 8
+    student = Head(jnp.zeros((rows, length, width)), jnp.zeros((width, vocab)))
+    tokens_BT = jnp.zeros((rows, length), jnp.int32)
+
+    def value(hidden, unembed):
+        stats = token_stats(
+            Head(hidden, unembed), Target((student,)), tokens_BT, signal=Signal("jsd", beta=0.5), needs=STATISTICS, tile=tile
+        )
+        return jnp.sum(stats.local_BT + stats.logp_BT)
+
+    program = jax.make_jaxpr(jax.value_and_grad(value, argnums=(0, 1)))(student.hidden_BTD, student.unembed_DV)
+    largest = max(sizes_in(program.jaxpr))
+    assert rows * tile * vocab <= largest < rows * length * vocab / 4
+
+
+def test_the_default_tile_fits_its_bytes():
+    assert lib._fitting_tile(4, 10_000, 150_000) * 4 * 4 * 150_000 <= lib.TILE_BYTES
+    assert lib._fitting_tile(64, 4096, 150_000) == 1  # never less than a position
+    assert lib._fitting_tile(2, 16, 100) == 16
+
+
+def test_topk_equals_a_full_sort():
+    student, _, _ = heads(valid=8)
+    ids_BTK, logp_BTK, outside_BT = lib.topk(student, k=3, tile=2)
+    logp = np.asarray(jax.nn.log_softmax(dense(student).logits_BTV[..., :8], axis=-1))
+    order = np.argsort(-logp, axis=-1)[..., :3]
+    np.testing.assert_array_equal(ids_BTK, order)
+    np.testing.assert_allclose(logp_BTK, np.take_along_axis(logp, order, -1), atol=1e-6)
+    np.testing.assert_allclose(np.exp(outside_BT), 1 - np.exp(logp_BTK).sum(-1), atol=1e-6)
