@@ -40,6 +40,8 @@ def main(argv: list[str]) -> None:
     progress.phase("loading student and teacher")
     student, teacher = job.open_models(parsed, None, mesh)
     evaluator = job.make_evaluator(job.fit_context(parsed, student, teacher), mesh, task, student, teacher)
+    if evaluator is None:
+        raise UserError("the task holds no prompts out to evaluate on; raise task.eval_size, or give more data")
     progress.phase(f"evaluating on {len(evaluator.examples)} prompts")
     with jax.set_mesh(mesh):
         values = evaluator(student.params)

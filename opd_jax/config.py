@@ -136,7 +136,7 @@ class Task:
     path: str = ""  # file of task.name=jsonl
     level: int = 12  # digits of an arithmetic prompt
     train_size: int = 0  # prompts to train on, drawn again and again; 0: as many as the task has (arithmetic: unlimited)
-    eval_size: int = 256  # prompts held out from training
+    eval_size: int = 256  # prompts held out from training; of a file at most half of its lines
     seed: int = 0  # of generated prompts
 
 

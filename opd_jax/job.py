@@ -234,9 +234,10 @@ def _restore(checkpoints, student, optimizer, mesh, digest: str, teacher_path: s
 
 
 def make_evaluator(config: Config, mesh: Mesh, task: tasks.Task, student: LoadedModel, teacher: LoadedModel | None) -> Evaluator | None:
-    if not config.eval.prompts:
-        return None
+    """None where nothing is held out or asked for."""
     held_out = task.examples("eval")
+    if not config.eval.prompts or not len(held_out):
+        return None
     return Evaluator(
         student=student,
         teacher=teacher,

@@ -108,7 +108,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 
 @functools.cache
 def byte() -> Tokenizer:
-    """Ids 0 to 255 are the bytes of UTF-8; <bos> 256, <eos> 257, <pad> 258. Saved, it is an ordinary tokenizer.json."""
+    """Ids 0 to 255 are the bytes of UTF-8; <bos> 256, <eos> 257, <pad> 258, also where a text spells them. Saved as a tokenizer.json."""
     import tokenizers
     import transformers
     from tokenizers import decoders, models, pre_tokenizers

@@ -29,7 +29,10 @@ class Jsonl:
 
 
 def read(path: str, *, train_size: int, eval_size: int) -> Jsonl:
-    """Reads a file; the last `eval_size` lines are held out, `train_size` (0: all) of the others are trained on. Raises UserError."""
+    """Reads a file; the last `eval_size` lines, at most half of them, are held out; `train_size` (0: all) of the others are trained on.
+
+    Raises UserError.
+    """
     if not path:
         raise UserError("config field task.path = '' must name a file of lines with `prompt` for task.name = 'jsonl'")
     try:
@@ -41,11 +44,11 @@ def read(path: str, *, train_size: int, eval_size: int) -> Jsonl:
     examples = [_example(path, number, line, index) for index, (number, line) in enumerate(_filled(lines))]
     if not examples:
         raise UserError(f"task.path = {path!r}: has no lines; give a file of lines with `prompt`")
-    train, held_out = examples[: len(examples) - eval_size], examples[len(examples) - eval_size :]
-    if len(examples) <= eval_size or len(train) < train_size:
+    split = len(examples) - min(eval_size, len(examples) // 2)
+    train, held_out = examples[:split], examples[split:]
+    if len(train) < train_size:
         raise UserError(
-            f"task.path = {path!r}: {len(examples)} examples, too few for task.eval_size = {eval_size} and task.train_size = {train_size}; "
-            "lower them"
+            f"task.path = {path!r}: has {len(examples)} examples, {len(train)} of them to train on; lower task.train_size = {train_size}"
         )
     return Jsonl(tuple(train[: train_size or None]), tuple(held_out), all(example.answer is not None for example in examples))
 

@@ -1,0 +1,129 @@
+"""The byte tokenizer, stop ids and bos of Hugging Face folders, saving, and the check that two tokenizers mean the same."""
+
+import json
+
+import pytest
+import tokenizers
+import transformers
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from opd_jax.data import tokenizer as lib
+from opd_jax.types import UserError
+
+
+@given(st.text(max_size=40))
+@settings(max_examples=200, deadline=None)
+def test_bytes_are_utf8_and_come_back(text):
+    assume(not any(special in text for special in ("<bos>", "<eos>", "<pad>")))
+    ids = lib.byte().encode(text)
+    assert ids == list(text.encode("utf-8"))
+    assert lib.byte().decode(ids) == text
+
+
+def test_special_ids_of_the_byte_tokenizer():
+    byte = lib.byte()
+    assert (byte.vocab_size, byte.bos_id, byte.eos_ids, byte.pad_id, byte.adds_bos) == (259, 256, (257,), 258, False)
+    assert byte.decode([104, 105, 257, 258]) == "hi"
+    assert byte.decode([0xE6, 0x9D]) == "\ufffd"  # half a character
+    assert byte.encode("a<eos>") == [97, 257]  # written out, a special token is itself, as in any Hugging Face tokenizer
+
+
+def words(folder, vocabulary=("<s>", "</s>", "<pad>", "a", "b", "c"), *, generation=None, config=None, settings=None):
+    """A word-level tokenizer folder."""
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="a"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>").save_pretrained(
+        folder
+    )
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    if settings is not None:
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    return folder
+
+
+def test_stop_ids_come_from_all_files_without_repeats(tmp_path):
+    tokenizer = lib.load(str(words(tmp_path, generation={"eos_token_id": [5, 1]}, config={"eos_token_id": 4})))
+    assert tokenizer.eos_ids == (5, 1, 4)
+
+
+def test_bos_is_put_before_prompts_where_the_folder_says_so(tmp_path):
+    plain = lib.load(str(words(tmp_path / "plain")))
+    with_bos = lib.load(str(words(tmp_path / "bos", settings={"add_bos_token": True})))
+    assert plain.encode_prompt("a b") == [3, 4]
+    assert with_bos.encode_prompt("a b") == [0, 3, 4]
+    assert with_bos.encode("a b") == [3, 4]
+
+
+@pytest.mark.parametrize("which", ["byte", "words"])
+def test_saved_tokenizers_come_back_here_and_in_transformers(which, tmp_path):
+    source = (
+        lib.byte()
+        if which == "byte"
+        else lib.load(str(words(tmp_path / "in", generation={"eos_token_id": [1, 5]}, settings={"add_bos_token": True})))
+    )
+    source.save(tmp_path / "out")
+    again = lib.load(str(tmp_path / "out"))
+    assert again.fingerprint() == source.fingerprint()
+    assert (again.eos_ids, again.pad_id, again.adds_bos, again.vocab_size) == (
+        source.eos_ids,
+        source.pad_id,
+        source.adds_bos,
+        source.vocab_size,
+    )
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs.encode("a b c", add_special_tokens=False) == source.encode("a b c")
+
+
+def test_a_tokenizer_without_padding_pads_with_its_stop_token(tmp_path):
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({"x": 0, "</s>": 1}, unk_token="x"))
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+    assert lib.Tokenizer(fast, eos_ids=[1], adds_bos=False).pad_id == 1
+
+
+def test_compatible_tokenizers_pass_and_padded_vocabularies_are_not_compared(tmp_path):
+    lib.check_compatible(lib.byte(), lib.byte())
+    longer = words(tmp_path / "longer", ("<s>", "</s>", "<pad>", "a", "b", "c", "d"))
+    lib.check_compatible(lib.load(str(words(tmp_path / "short"))), lib.load(str(longer)))
+
+
+def test_what_makes_tokenizers_differ_is_named(tmp_path):
+    student = lib.load(str(words(tmp_path / "student")))
+    swapped = lib.load(str(words(tmp_path / "swapped", ("<s>", "</s>", "<pad>", "a", "c", "b"))))
+    with pytest.raises(UserError, match=r"gives token 'c' the id 4, the student's gives 5|gives token 'b' the id 5, the student's gives 4"):
+        lib.check_compatible(student, swapped)
+    other = lib.load(str(words(tmp_path / "other", ("<s>", "</s>", "<pad>", "a", "b", "c", "fox"))))
+    with pytest.raises(UserError, match="splits 'The quick brown fox.*differently from token 3"):
+        lib.check_compatible(student, other)
+    stops = lib.load(str(words(tmp_path / "stops", generation={"eos_token_id": 3})))
+    stops.eos_ids = (3,)
+    with pytest.raises(UserError, match=r"its stop ids \(3,\) and the student's \(1,\) have none in common"):
+        lib.check_compatible(student, stops)
+
+
+@pytest.mark.parametrize("make", ["missing", "file", "empty", "broken"])
+def test_folders_that_cannot_be_read_are_named(make, tmp_path):
+    path = tmp_path / make
+    if make == "file":
+        path.write_text("x")
+    elif make == "empty":
+        path.mkdir()
+    elif make == "broken":
+        words(path)
+        (path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=str(path)):
+        lib.load(str(path))
+
+
+@pytest.mark.shared
+def test_the_real_tokenizer_equals_transformers(shared_data):
+    folder = shared_data / "models" / "stories260K"
+    ours, theirs = lib.load(str(folder)), transformers.AutoTokenizer.from_pretrained(folder)
+    text = "Once upon a time, there was a naïve cat."
+    assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
+    assert ours.encode_prompt("")[:1] == [ours.bos_id]
+    assert ours.decode(ours.encode(text)).strip() == text
