@@ -4,6 +4,7 @@ An entry is `checkpoints/<step>/`: `state/` as orbax writes it, `info.json`, and
 written under a name with `tmp` in it and renamed when it is complete, so that a name without `tmp` means a whole entry.
 """
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -12,6 +13,7 @@ import pathlib
 import shutil
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
 from opd_jax.types import TrainState, UserError
@@ -103,7 +105,9 @@ def _load(path: pathlib.Path, abstract):
 
 def _load_params(path: pathlib.Path, abstract_params: dict) -> dict:
     item = {"params": abstract_params}
+    # Without `strict`, orbax cuts or pads an array of another shape to the one asked for.
     arguments = ocp.checkpoint_utils.construct_restore_args(item)
+    arguments = jax.tree.map(lambda argument: dataclasses.replace(argument, strict=True), arguments)
     with ocp.PyTreeCheckpointer() as checkpointer:
         return checkpointer.restore(path, args=ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True))["params"]
 

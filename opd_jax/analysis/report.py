@@ -86,7 +86,9 @@ def table(runs: Sequence[Run]) -> list[list[str]]:
             after.append([run.name, str(last["step"]), *_cells(last, columns), *used])
         if "eval/teacher_sampled_accuracy" in last:
             teacher["eval/sampled_accuracy"] = f"{last['eval/teacher_sampled_accuracy']:.2f}"
-    start = [["before " + ("training" if len(before) == 1 else ", ".join(names)), "0", *cells, "", ""] for cells, names in before.items()]
+    start = [
+        ["before training" if len(before) == 1 else ", ".join(names) + ", before", "0", *cells, "", ""] for cells, names in before.items()
+    ]
     end = [["teacher", "", *(teacher.get(name, "") for name in columns), "", ""]] if teacher else []
     return [["student", "updates", *(COLUMNS[name] for name in columns), "tokens", "time"], *start, *after, *end]
 
