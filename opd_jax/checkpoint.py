@@ -4,7 +4,6 @@ An entry is `checkpoints/<step>/`: `state/` as orbax writes it, `info.json`, and
 written under a name with `tmp` in it and renamed when it is complete, so that a name without `tmp` means a whole entry.
 """
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -104,12 +103,13 @@ def _load(path: pathlib.Path, abstract):
 
 
 def _load_params(path: pathlib.Path, abstract_params: dict) -> dict:
+    """The parameters alone, each of the type and shape, and in the place, that `abstract_params` says (the first device by default)."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    as_asked = lambda x: ocp.ArrayRestoreArgs(dtype=x.dtype, sharding=x.sharding or here, global_shape=x.shape, strict=True)
     item = {"params": abstract_params}
-    # Without `strict`, orbax cuts or pads an array of another shape to the one asked for.
-    arguments = ocp.checkpoint_utils.construct_restore_args(item)
-    arguments = jax.tree.map(lambda argument: dataclasses.replace(argument, strict=True), arguments)
+    arguments = ocp.args.PyTreeRestore(item=item, restore_args=jax.tree.map(as_asked, item), partial_restore=True)
     with ocp.PyTreeCheckpointer() as checkpointer:
-        return checkpointer.restore(path, args=ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True))["params"]
+        return checkpointer.restore(path, args=arguments)["params"]
 
 
 def _files(entry: pathlib.Path) -> list[pathlib.Path]:

@@ -65,7 +65,11 @@ def test_students_that_began_elsewhere_have_rows_of_their_own(tmp_path):
 
 def test_the_caption_names_prompts_samples_seeds_and_the_fixed_set(tmp_path):
     caption = report.caption(report.read_runs([run_directory(tmp_path / "a"), run_directory(tmp_path / "b", seed=4)]))
-    for words in ("over the 256 held-out evaluation prompts, not over seeds (seed 0 or 4)", "mean over 4 samples", "Training prompts: 48"):
+    for words in (
+        "over the 256 held-out evaluation prompts, not over seeds (seed 0 or 4)",
+        "samples at temperature 1, 4 per prompt",
+        "Training prompts: 48",
+    ):
         assert words in caption
 
 

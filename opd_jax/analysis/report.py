@@ -113,7 +113,7 @@ def caption(runs: Sequence[Run]) -> str:
     seeds = sorted({run.config["seed"] for run in runs})
     text = (
         f"In brackets: 95% intervals over the {_either(prompts)} held-out evaluation prompts, not over seeds (seed {_either(seeds)}). "
-        f"Sampled: mean over {_either(samples)} samples per prompt at temperature 1. KL to the teacher and entropy: nats per token. "
+        f"All but greedy accuracy: samples at temperature 1, {_either(samples)} per prompt. KL to the teacher and entropy: nats per token. "
         "Tokens: completion tokens in the loss. Time: training, without evaluations."
     )
     trained_on = sorted({run.config["task.train_size"] for run in runs})
