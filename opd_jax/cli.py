@@ -73,21 +73,14 @@ def _parse_flags() -> list[str]:
     if len(argv) > 1:
         raise UserError(f"argument {argv[1]!r} is not a flag; write --name=value (--help lists them)")
     for name in flags.FLAGS:
-        _check_loaded(name, flags.FLAGS[name].value)
+        getattr(flags.FLAGS[name].value, "keys", None)  # a config file that could not be opened raises OSError when it is first used
     return argv
 
 
-def _check_loaded(name: str, value) -> None:
-    """A config file that cannot be opened is reported by its flag when an attribute of the value is used for the first time."""
-    try:
-        getattr(value, "keys", None)
-    except OSError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"--{name}: the config file cannot be loaded ({reason}); give an existing file") from None
-
-
 def _flag_message(error: Exception) -> str:
-    if isinstance(error, UserError | flags.Error | FileNotFoundError | OSError):
+    if isinstance(error, OSError):
+        return f"--config: the file cannot be loaded ({str(error).splitlines()[-1].strip()}); give an existing file"
+    if isinstance(error, UserError | flags.Error):
         return str(error)
     return f"{type(error).__name__}: {error}"
 

@@ -1,5 +1,7 @@
 """Tiny models and batches that several test files share."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,8 +30,13 @@ def tiny_config(vocab_size=17, **changes):
 def tiny_model(seed=0, scale=8.0, **changes):
     """(params, config) with larger weights than a fresh model has, so that distributions are far from uniform."""
     config = tiny_config(**changes)
-    params = transformer.init(jax.random.key(seed), config)
-    return jax.tree.map(lambda p: p * scale if p.ndim >= 2 else p, params), config
+    # New arrays each time, because an update donates them.
+    return jax.tree.map(lambda p: p * scale if p.ndim >= 2 else p + 0.0, _initial(seed, config)), config
+
+
+@functools.cache
+def _initial(seed, config):
+    return transformer.init(jax.random.key(seed), config)
 
 
 def ragged_prompts(rng, rows=8, width=6, vocab_size=17) -> Prompts:

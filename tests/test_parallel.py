@@ -1,0 +1,61 @@
+"""The mesh and the rules that lay logical axes on it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from opd_jax import parallel
+from opd_jax.parallel import Rules
+from opd_jax.types import UserError
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 2, 4)])
+def test_a_mesh_has_one_device_or_all(shape):
+    mesh = parallel.make_mesh(*shape)
+    assert tuple(mesh.shape.values()) == shape and mesh.axis_names == ("data", "fsdp", "tensor")
+
+
+def test_a_mesh_of_another_size_is_refused():
+    with pytest.raises(UserError, match=r"= 2 \* 1 \* 2 = 4, but there are 8 devices: make the product 8, or 1"):
+        parallel.make_mesh(2, 1, 2)
+
+
+def test_logical_axes_become_mesh_axes():
+    mesh = parallel.make_mesh(2, 2, 2)
+    assert parallel.partition_spec(mesh, ("embed", "ffn"), (16, 8)) == PartitionSpec("fsdp", "tensor")
+    assert parallel.partition_spec(mesh, ("batch", None, "vocab"), (4, 7, 6)) == PartitionSpec(("data", "fsdp"), None, "tensor")
+
+
+def test_what_an_axis_cannot_divide_is_replicated_and_reported_once(caplog):
+    mesh = parallel.make_mesh(2, 2, 2)
+    for _ in range(2):
+        assert parallel.partition_spec(mesh, ("kv_heads", "ffn"), (13, 4)) == PartitionSpec(None, "tensor")
+    assert [r.getMessage() for r in caplog.records] == [
+        "axis 'kv_heads' of size 13 is replicated: mesh axes ('tensor',) do not divide it (2 ways)"
+    ]
+
+
+def test_a_mesh_axis_used_twice_is_refused():
+    with pytest.raises(UserError, match=r"\('vocab', 'ffn'\) use mesh axis 'tensor' twice: change the rule for 'ffn'"):
+        parallel.partition_spec(parallel.make_mesh(2, 2, 2), ("vocab", "ffn"), (4, 4), Rules())
+
+
+def test_batches_lie_over_the_batch_axes_and_the_rest_everywhere():
+    mesh = parallel.make_mesh(2, 2, 2)
+    x = np.arange(24.0).reshape(8, 3)
+    rows = parallel.shard_batch({"x": x}, mesh)["x"]
+    assert {shard.data.shape for shard in rows.addressable_shards} == {(2, 3)}
+    whole = parallel.replicate(jnp.asarray(x), mesh)
+    assert {shard.data.shape for shard in whole.addressable_shards} == {(8, 3)}
+    np.testing.assert_array_equal(rows, whole)
+
+
+def test_constrain_is_the_identity_without_a_mesh_and_keeps_values_on_one():
+    x = jnp.arange(16.0).reshape(8, 2)
+    assert parallel.constrain(x, "batch", None) is x
+    with jax.set_mesh(parallel.make_mesh(8)):
+        y = jax.jit(lambda x: parallel.constrain(x * 2, "batch", None))(x)
+    assert {shard.data.shape for shard in y.addressable_shards} == {(1, 2)}
+    np.testing.assert_array_equal(y, x * 2)
