@@ -37,7 +37,7 @@ class Architecture:
 @dataclasses.dataclass(frozen=True)
 class Student:
     path: str = ""  # Hugging Face folder or hub id, or a run directory; empty: see `recipe`, then `init`
-    recipe: str = ""  # configs/FILE.py[:arg] of a run that makes the student on first use (kept under `cache_dir`)
+    recipe: str = ""  # without a path: configs/FILE.py[:arg] of a run that makes the student on first use (kept under `cache_dir`)
     tokenizer: str = "byte"  # tokenizer of a model made from `init`: "byte", or a Hugging Face folder or hub id
     init: Architecture = Architecture()  # shape of a model with random weights, when neither path nor recipe is set
 
@@ -45,7 +45,7 @@ class Student:
 @dataclasses.dataclass(frozen=True)
 class Teacher:
     path: str = ""  # Hugging Face folder or hub id, or a run directory; empty: see `recipe`; both empty: no teacher
-    recipe: str = ""  # configs/FILE.py[:arg] of a run that makes the teacher on first use (kept under `cache_dir`)
+    recipe: str = ""  # without a path: configs/FILE.py[:arg] of a run that makes the teacher on first use (kept under `cache_dir`)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -370,11 +370,6 @@ def validate(config: Config) -> None:
 
 
 def _check_teacher(config: Config) -> None:
-    for block in ("student", "teacher"):
-        source = getattr(config, block)
-        _require(
-            not (source.path and source.recipe), f"{block}.path", source.path, f"and {block}.recipe = {source.recipe!r} exclude each other"
-        )
     has_teacher = bool(config.teacher.path or config.teacher.recipe)
     needs = "" if config.signal.divergence in ("nll", "negative_entropy") else f"signal.divergence = {config.signal.divergence!r}"
     needs = "rollout.source = 'teacher'" if config.rollout.source == "teacher" else needs

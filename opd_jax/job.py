@@ -157,10 +157,10 @@ def _describe_run(workdir: pathlib.Path, config: Config, student: LoadedModel) -
 
 
 def run_recipes(config: Config, make_model: Callable[[str, str], str]) -> Config:
-    """Replaces recipes by the folders that their runs made."""
+    """Replaces recipes by the folders that their runs made; a path that is given goes before a recipe."""
     for block in ("student", "teacher"):
         source = getattr(config, block)
-        if source.recipe:
+        if source.recipe and not source.path:
             path = make_model(source.recipe, config.cache_dir)
             config = dataclasses.replace(config, **{block: dataclasses.replace(source, path=path, recipe="")})
     return config

@@ -64,12 +64,7 @@ def test_quickstart_from_end_to_end(tmp_path):
     workdirs, cache = [], f"--config.cache_dir={tmp_path / 'cache'}"
     for role in ("opd", "seqkd", "sft"):
         workdirs.append(tmp_path / role)
-        out = script(
-            "train.py",
-            f"--config=configs/quickstart.py:{role},tiny",
-            f"--workdir={workdirs[-1]}",
-            f"--config.cache_dir={tmp_path / 'cache'}",
-        )
+        out = script("train.py", f"--config=configs/quickstart.py:{role},tiny", f"--workdir={workdirs[-1]}", cache)
         assert ("making configs/quickstart.py:teacher,tiny" in out) == (role == "opd")  # made on first use
         assert (workdirs[-1] / "report.html").exists()
     out = script("report.py", f"--workdir={','.join(map(str, workdirs))}", f"--out={tmp_path / 'all.html'}")
@@ -78,9 +73,7 @@ def test_quickstart_from_end_to_end(tmp_path):
     assert "eval/reverse_kl" in page and "train/reverse_kl" in page
     steps = [[record["step"] for record in metrics.read(workdir / "metrics.jsonl")] for workdir in workdirs]
     assert steps == [[0, 1, 2, 3, 4]] * 3
-    again = script(
-        "train.py", "--config=configs/quickstart.py:opd,tiny", f"--workdir={workdirs[0]}", f"--config.cache_dir={tmp_path / 'cache'}"
-    )
+    again = script("train.py", "--config=configs/quickstart.py:opd,tiny", f"--workdir={workdirs[0]}", cache)
     assert "is finished; nothing to do" in again
     values = evaluate(tmp_path, workdirs[0])
     last = metrics.read(workdirs[0] / "metrics.jsonl")[-1]

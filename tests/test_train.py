@@ -241,3 +241,9 @@ def test_kill_at_any_moment_continues_bit_for_bit(teacher, tmp_path):
         metrics.read(tmp_path / "whole" / "metrics.jsonl")
     )
     assert_same_student(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_a_path_that_is_given_goes_before_a_recipe(teacher, tmp_path):
+    c = opd_config(teacher, steps=1)
+    c.teacher.recipe = "configs/nothing.py"
+    assert [record["step"] for record in train.run(c, tmp_path / "run")] == [0, 1]
