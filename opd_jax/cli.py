@@ -4,6 +4,7 @@ Exit status: 0 finished, 2 a user's mistake (one line on stderr), 143/130 after 
 """
 
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -43,6 +44,7 @@ class StopRequest:
 
 def run(main: Callable[[list[str]], None]) -> None:
     """Parses flags, calls main(argv) and exits with the documented status."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install torch, of which nothing here has need
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     sys.exit(_status(main))
 

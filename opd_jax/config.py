@@ -374,3 +374,7 @@ def _check_teacher(config: Config) -> None:
     needs = "" if config.signal.divergence in ("nll", "negative_entropy") else f"signal.divergence = {config.signal.divergence!r}"
     needs = "rollout.source = 'teacher'" if config.rollout.source == "teacher" else needs
     _require(has_teacher or not needs, "teacher.path", config.teacher.path, f"must name a model, because {needs} needs a teacher")
+    own = "signal.support = 'sampled'" if config.signal.support == "sampled" else ""
+    own = f"estimator.credit = {config.estimator.credit!r}" if config.estimator.credit != "token" else own
+    source = config.rollout.source
+    _require(source == "student" or not own, "rollout.source", source, f"must be 'student', because {own} needs draws of the student")

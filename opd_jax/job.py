@@ -101,7 +101,12 @@ def setup(parsed: Config, workdir: str | os.PathLike, *, make_model: Callable[[s
         objective=objective,
         schedule=learner.make_schedule(parsed.learner, parsed.steps),
         update=learner.make_update(
-            objective, student.config, teacher.config if teacher else None, optimizer, microbatches=parsed.learner.microbatches, state=state
+            objective,
+            student.config,
+            teacher.config if objective.has_teacher else None,
+            optimizer,
+            microbatches=parsed.learner.microbatches,
+            state=state,
         ),
         evaluate=make_evaluator(parsed, mesh, task, student, teacher),
         checkpoints=checkpoints,

@@ -18,7 +18,7 @@ class Objective:
     estimator: Estimator
     normaliser: str
     max_length: int  # tokens, the divisor of normaliser="constant"
-    has_teacher: bool
+    has_teacher: bool  # the teacher scores each update's completions
 
     @property
     def needs(self) -> frozenset[str]:
@@ -44,7 +44,9 @@ def from_config(config: Config, *, has_teacher: bool) -> Objective:
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    return Objective(built, loss.normaliser, config.rollout.max_new_tokens, has_teacher)
+    # Cross-entropy needs no teacher, and the metrics that compare with one speak of the student's own completions.
+    scored = has_teacher and (built.signal.needs_target or config.rollout.source == "student")
+    return Objective(built, loss.normaliser, config.rollout.max_new_tokens, scored)
 
 
 def normalise(objective: Objective, context: Context) -> tuple[jax.Array, jax.Array]:

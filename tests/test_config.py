@@ -59,6 +59,14 @@ def test_defaults_round_trip():
             {"teacher__path": ""},
             "config field teacher.path = '' must name a model, because signal.divergence = 'reverse_kl' needs a teacher",
         ),
+        (
+            {"signal__support": "sampled", "rollout__source": "teacher"},
+            "config field rollout.source = 'teacher' must be 'student', because signal.support = 'sampled' needs draws of the student",
+        ),
+        (
+            {"estimator__credit": "to_go", "rollout__source": "dataset"},
+            "config field rollout.source = 'dataset' must be 'student', because estimator.credit = 'to_go' needs draws of the student",
+        ),
         ({"checkpoint__keep": 1}, "config field checkpoint.keep = 1 must be at least 2"),
         ({"seed": 2**31}, "config field seed = 2147483648 must be below 2**31"),
     ],
