@@ -24,6 +24,7 @@ def main(argv: list[str]) -> None:
     out = pathlib.Path(WORKDIR.value) / "report.html"
     if records or not out.exists():
         report.write([WORKDIR.value], out)
+        progress.phase(f"{report.text_table([WORKDIR.value])}\n\n{report.text_samples(WORKDIR.value)}\n")
         progress.phase(f"report: {out}")
     else:
         progress.phase(f"{WORKDIR.value} is finished; nothing to do")

@@ -29,3 +29,10 @@ def float64():
     """Runs one test in float64, for exact enumeration."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled_programs():
+    """Each file's programs are its own; kept, they would fill gigabytes over the suite."""
+    yield
+    jax.clear_caches()

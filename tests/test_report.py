@@ -140,6 +140,11 @@ def test_runs_of_the_same_name_are_told_apart_by_their_paths(tmp_path):
     assert [run.name for run in runs] == [str(tmp_path / "x" / "run"), str(tmp_path / "y" / "run")]
 
 
+def test_samples_in_a_terminal_come_from_the_first_and_the_last_step_without_control_characters(tmp_path):
+    path = run_directory(tmp_path / "a", completion="one\ntwo \x1b[2J é")
+    assert report.text_samples(path) == 'step 1: "p<b>one\\ntwo \\u001b[2J é"\nstep 3: "p<b>one\\ntwo \\u001b[2J é"'
+
+
 def test_curves_follow_the_page_and_are_the_same_each_time():
     series = [
         {"steps": [0, 1, 2], "values": [1.0, 0.5, 0.2], "low": [0.9, 0.4, 0.1], "high": [1.1, 0.6, 0.3]},

@@ -35,7 +35,8 @@ COLUMNS = {
     "eval/entropy": "entropy",
 }
 SPOKEN = {"eval/accuracy": "greedy accuracy", "eval/reverse_kl": "reverse KL to the teacher", "train/loss": "loss"}
-SAMPLES_SHOWN = 6
+SAMPLES_SHOWN = 6  # of each step, on the page
+SAMPLE_WIDTH = 600  # characters, in a terminal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +136,15 @@ def text_table(workdirs: Sequence[str | os.PathLike]) -> str:
     return "\n".join([lines[0], "-" * sum(widths, 2 * len(widths) - 2), *lines[1:], "", caption(runs)])
 
 
+def text_samples(workdir: str | os.PathLike, *, count: int = 2) -> str:
+    """A few completions of the first and the last step that logged some, for a terminal: control characters are written as escapes."""
+    (run,) = read_runs([workdir])
+    rows = _first_and_last_samples(run, count)
+    return "\n".join(
+        f"step {row['step']}: {json.dumps(row['prompt'] + row['completion'], ensure_ascii=False)[:SAMPLE_WIDTH]}" for row in rows
+    )
+
+
 def sentences(runs: Sequence[Run]) -> list[str]:
     """What happened in each run, with numbers."""
     result = []
@@ -178,7 +188,7 @@ def write(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike) -> None
         figures=_figures(runs),
         changed=changed,
         same=same,
-        samples=[(run.name, _last_samples(run)) for run in runs],
+        samples=[(run.name, _first_and_last_samples(run, SAMPLES_SHOWN)) for run in runs],
     )
     out = pathlib.Path(out)
     try:
@@ -208,8 +218,8 @@ def _series(run: Run, name: str) -> dict[str, list]:
     return one
 
 
-def _last_samples(run: Run) -> list[dict[str, Any]]:
-    """Of the first and the last step with samples."""
+def _first_and_last_samples(run: Run, count: int) -> list[dict[str, Any]]:
+    """At most `count` of each step."""
     steps = sorted({sample["step"] for sample in run.samples})
-    shown = [step for step in (steps[0], steps[-1]) if len(steps) > 1] if steps else []
-    return [sample for step in shown or steps for sample in [s for s in run.samples if s["step"] == step][:SAMPLES_SHOWN]]
+    shown = dict.fromkeys([steps[0], steps[-1]] if steps else [])
+    return [sample for step in shown for sample in [s for s in run.samples if s["step"] == step][:count]]
