@@ -23,7 +23,7 @@ def get_config(arg=None):
     c.learner.learning_rate = 3e-3
     c.learner.b2 = 0.95
     c.learner.warmup_steps = 2 if arg.tiny else 10
-    c.eval.prompts = 16 if arg.tiny else 256
+    c.task.eval_size = c.eval.prompts = 16 if arg.tiny else 256
     c.eval.batch_size = 16 if arg.tiny else 256
     c.eval.every = 0 if arg.tiny else 25
     if arg.role in ("teacher", "student"):

@@ -25,18 +25,19 @@ flags.mark_flags_as_required(["config"])
 
 
 def main(argv: list[str]) -> None:
-    stop = cli.StopRequest().install()
     progress = metrics.Progress()
     parsed = config.parse(CONFIG.value)
     if WORKDIR.value:
         if not model_io.is_run_directory(WORKDIR.value):
             raise UserError(f"--workdir={WORKDIR.value}: is not a run directory (model/config.json is missing); give one of a training run")
         parsed = dataclasses.replace(parsed, student=config.Student(path=WORKDIR.value))
+    if OUT.value and not pathlib.Path(OUT.value).resolve().parent.is_dir():
+        raise UserError(f"--out={OUT.value}: its folder does not exist; create it, or give another file")
     if not parsed.eval.prompts:
         raise UserError("config field eval.prompts = 0 leaves nothing to evaluate; give --config.eval.prompts=N")
     task = tasks.make(**dataclasses.asdict(parsed.task))
     mesh = parallel.make_mesh(parsed.mesh.data, parsed.mesh.fsdp, parsed.mesh.tensor)
-    parsed = job.run_recipes(parsed, functools.partial(train.make_model, stop=stop, progress=progress))
+    parsed = job.run_recipes(parsed, functools.partial(train.make_model, progress=progress))
     progress.phase("loading student and teacher")
     student, teacher = job.open_models(parsed, None, mesh)
     evaluator = job.make_evaluator(job.fit_context(parsed, student, teacher), mesh, task, student, teacher)

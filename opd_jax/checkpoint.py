@@ -45,8 +45,11 @@ class Checkpoints:
             (temporary / "info.json").write_text(json.dumps(info))
             (temporary / "manifest.json").write_text(json.dumps(_digests(temporary)))
             _flush_to_disk(temporary)
-            shutil.rmtree(final, ignore_errors=True)
+            if final.exists():
+                self._set_aside(step)
             temporary.rename(final)
+            _flush(self.directory)
+            shutil.rmtree(self.directory / f"{step}.tmp_old", ignore_errors=True)
         except OSError as error:
             raise UserError(f"{self.directory}: a checkpoint cannot be written ({error}); free space or give another --workdir") from None
         for old in self.steps()[: -self._keep]:
@@ -55,9 +58,19 @@ class Checkpoints:
     def restore(self, abstract_state: TrainState) -> tuple[int, TrainState, dict[str, Any]] | None:
         """(step, state, info) of the newest entry that is whole, its arrays placed as `abstract_state` says; None without entries.
 
-        An entry that cannot be read is passed over with a warning. Raises UserError when there are entries and none can be read.
+        An entry that cannot be read is passed over with a warning, and set aside (renamed to STEP.tmp_old) once an older one is restored:
+        the run goes on from there and will reach that step again. Raises UserError when there are entries and none can be read.
         """
-        return self._newest(lambda entry: _load(entry / "state", abstract_state))
+        found = self._newest(lambda entry: _load(entry / "state", abstract_state))
+        for step in self.steps():
+            if found is not None and step > found[0]:
+                self._set_aside(step)
+        return found
+
+    def _set_aside(self, step: int) -> None:
+        aside = self.directory / f"{step}.tmp_old"
+        shutil.rmtree(aside, ignore_errors=True)
+        (self.directory / str(step)).rename(aside)
 
     def restore_params(self, abstract_params: dict) -> dict:
         """The parameters alone of the newest entry that is whole. Raises UserError when there is none."""
@@ -83,13 +96,15 @@ class Checkpoints:
         return None
 
 
-def latest_info(directory: str | os.PathLike) -> tuple[int, dict[str, Any]] | None:
-    """(step, info) of the newest complete entry, or None."""
+def newest_step(directory: str | os.PathLike) -> int:
+    """Step of the newest entry if that is whole, otherwise -1."""
     checkpoints = Checkpoints(directory)
     steps = checkpoints.steps()
-    if not steps:
-        return None
-    return steps[-1], json.loads((checkpoints.directory / str(steps[-1]) / "info.json").read_text())
+    try:
+        _verify(checkpoints.directory / str(steps[-1]))
+        return steps[-1]
+    except (IndexError, ValueError, OSError):
+        return -1
 
 
 def restore_params(directory: str | os.PathLike, abstract_params: dict) -> dict:
@@ -126,6 +141,8 @@ def _digests(entry: pathlib.Path) -> dict[str, str]:
 
 def _verify(entry: pathlib.Path) -> None:
     expected, found = json.loads((entry / "manifest.json").read_text()), _digests(entry)
+    if not isinstance(expected, dict):
+        raise ValueError("manifest.json is damaged")
     for name in expected:
         if found.get(name) != expected[name]:
             raise ValueError(f"{name} is {'damaged' if name in found else 'missing'}")
@@ -133,6 +150,14 @@ def _verify(entry: pathlib.Path) -> None:
 
 def _flush_to_disk(entry: pathlib.Path) -> None:
     """A rename may reach the disk before the bytes do; after a power cut the entry would be whole in name only."""
-    for path in [*_files(entry), entry / "manifest.json"]:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    for path in sorted(entry.rglob("*"), reverse=True):
+        _flush(path)
+    _flush(entry)
+
+
+def _flush(path: pathlib.Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -84,6 +84,10 @@ def _flag_message(error: Exception) -> str:
         return f"--config: the file cannot be loaded ({str(error).splitlines()[-1].strip()}); give an existing file"
     if isinstance(error, UserError | flags.Error):
         return str(error)
+    if isinstance(error, KeyError | AttributeError) and error.args:  # ml_collections: a field that does not exist
+        name = str(error.args[0]).split("'")[1] if "'" in str(error.args[0]) else ""
+        flag = next((argument for argument in sys.argv[1:] if name and name in argument), "config")
+        return f"{flag}: {error.args[0]}"
     return f"{type(error).__name__}: {error}"
 
 

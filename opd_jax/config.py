@@ -29,6 +29,7 @@ class Architecture:
     num_hidden_layers: int = 3  # layers
     num_attention_heads: int = 4  # query heads
     num_key_value_heads: int = 4  # key and value heads; divides the query heads
+    head_dim: int = 0  # width of a head; 0: hidden_size / num_attention_heads
     max_position_embeddings: int = 256  # tokens, prompt and completion together
     tie_word_embeddings: bool = True  # the unembedding is the embedding
     initializer_range: float = 0.02  # standard deviation of the initial weights
@@ -136,7 +137,7 @@ class Task:
     path: str = ""  # file of task.name=jsonl
     level: int = 12  # digits of an arithmetic prompt
     train_size: int = 0  # prompts to train on, drawn again and again; 0: as many as the task has (arithmetic: unlimited)
-    eval_size: int = 256  # prompts held out from training; of a file at most half of its lines
+    eval_size: int = 64  # prompts held out from training; of a file at most half of its lines
     seed: int = 0  # of generated prompts
 
 
@@ -309,7 +310,7 @@ def _check_range(flat: dict[str, Any]) -> None:
         "eval.prompts",
         "log.samples_every",
     ]
-    zero_or_more += ["task.train_size", "task.seed"]
+    zero_or_more += ["task.train_size", "task.eval_size", "task.seed", "student.init.head_dim"]
     for name in positive:
         _require(flat[name] >= 1, name, flat[name], "must be at least 1")
     for name in zero_or_more:
@@ -326,7 +327,9 @@ def _check_range(flat: dict[str, Any]) -> None:
         "student.init.initializer_range",
     ):
         _require(flat[name] > 0, name, flat[name], "must be above 0")
-    for name in ("rollout.temperature", "learner.weight_decay", "learner.clip_norm"):
+    temperature = flat["rollout.temperature"]
+    _require(temperature == 0 or temperature >= 1e-4, "rollout.temperature", temperature, "must be 0 (greedy) or at least 0.0001")
+    for name in ("learner.weight_decay", "learner.clip_norm"):
         _require(flat[name] >= 0, name, flat[name], "must be 0 or more")
     for name in ("rollout.min_p", "estimator.gamma", "learner.final_fraction", "signal.beta"):
         _require(0 <= flat[name] <= 1, name, flat[name], "must be between 0 and 1")
@@ -371,10 +374,12 @@ def validate(config: Config) -> None:
 
 def _check_teacher(config: Config) -> None:
     has_teacher = bool(config.teacher.path or config.teacher.recipe)
-    needs = "" if config.signal.divergence in ("nll", "negative_entropy") else f"signal.divergence = {config.signal.divergence!r}"
-    needs = "rollout.source = 'teacher'" if config.rollout.source == "teacher" else needs
-    _require(has_teacher or not needs, "teacher.path", config.teacher.path, f"must name a model, because {needs} needs a teacher")
+    source = config.rollout.source
+    _require(
+        has_teacher or source != "teacher", "teacher.path", "", "must name a model, because rollout.source = 'teacher' needs a teacher"
+    )
     own = "signal.support = 'sampled'" if config.signal.support == "sampled" else ""
     own = f"estimator.credit = {config.estimator.credit!r}" if config.estimator.credit != "token" else own
-    source = config.rollout.source
     _require(source == "student" or not own, "rollout.source", source, f"must be 'student', because {own} needs draws of the student")
+    greedy = config.rollout.temperature == 0 or config.rollout.top_k == 1
+    _require(not (greedy and own), "rollout.temperature", config.rollout.temperature, f"is greedy, but {own} needs draws from the policy")

@@ -54,15 +54,21 @@ class Evaluator:
         metrics["eval/entropy"] = float(stats["entropy"].sum() / stats["tokens"].sum())
         if self.teacher is not None:
             metrics |= ratio_with_interval("eval/reverse_kl", stats["local"], stats["tokens"])
-            rollouts = self._sample(self.teacher.params, self.teacher.config, TEACHER)
+            rollouts = self._teacher_rollouts
             if self.task.verifiable:
                 metrics["eval/teacher_sampled_accuracy"] = float(self._rewards(rollouts).mean())
             stats = self._score(params, rollouts, "forward_kl")
             metrics |= ratio_with_interval("eval/forward_kl", stats["local"], stats["tokens"])
         return metrics
 
-    def _batches(self, samples: int) -> Iterator[tuple[int, Prompts]]:
-        """(rows that count, Prompts of batch_size rows); the last batch is filled up with repeated rows, so that nothing recompiles."""
+    @functools.cached_property
+    def _teacher_rollouts(self) -> list[tuple[Prompts, Rollout, int]]:
+        """The same for every student: the teacher is frozen, and so are the prompts and the draws."""
+        return self._sample(self.teacher.params, self.teacher.config, TEACHER)
+
+    @functools.cached_property
+    def _prompts(self) -> Prompts:
+        """The held-out prompts, one row each. Raises UserError for one that does not fit."""
         prompts, _ = pipeline.encode_prompts(
             [example.prompt for example in self.examples],
             self.student.tokenizer,
@@ -70,6 +76,15 @@ class Evaluator:
             max_prompt_length=self.max_prompt_length,
             overlong=self.overlong,
         )
+        return prompts
+
+    def check(self) -> None:
+        """Refuses held-out prompts that cannot be used. Raises UserError."""
+        self._prompts  # noqa: B018
+
+    def _batches(self, samples: int) -> Iterator[tuple[int, Prompts]]:
+        """(rows that count, Prompts of batch_size rows); the last batch is filled up with repeated rows, so that nothing recompiles."""
+        prompts = self._prompts
         total = len(self.examples) * samples
         for start in range(0, total, self.batch_size):
             row_B = np.minimum(np.arange(start, start + self.batch_size), total - 1)

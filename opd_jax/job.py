@@ -17,7 +17,7 @@ from opd_jax import objective as objective_lib
 from opd_jax.config import Config, ConfigError
 from opd_jax.data import tasks
 from opd_jax.data import tokenizer as tokenizer_lib
-from opd_jax.data.pipeline import Pipeline
+from opd_jax.data.pipeline import CHECKED_AT_ONCE, Pipeline
 from opd_jax.evaluate import Evaluator
 from opd_jax.model_io import LoadedModel
 from opd_jax.models import config as model_config_lib
@@ -65,19 +65,21 @@ def setup(parsed: Config, workdir: str | os.PathLike, *, make_model: Callable[[s
     mesh = parallel.make_mesh(parsed.mesh.data, parsed.mesh.fsdp, parsed.mesh.tensor)
     task = tasks.make(**dataclasses.asdict(parsed.task))
     objective = objective_lib.from_config(parsed, has_teacher=bool(parsed.teacher.path or parsed.teacher.recipe))
+    _warn_of_other_laws(parsed)
     optimizer = learner.make_optimizer(parsed.learner, parsed.steps)
-    parsed = run_recipes(parsed, make_model)
-    progress.phase("loading student and teacher")
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=parsed.checkpoint.keep)
     resumed = bool(checkpoints.steps())
+    parsed = run_recipes(parsed, make_model, ("teacher",) if resumed else ("student", "teacher"))
+    progress.phase("loading student and teacher")
     student, teacher = open_models(parsed, workdir if resumed else None, mesh)
     parsed = fit_context(parsed, student, teacher)
     pipeline = _make_pipeline(parsed, task, student.tokenizer)
-    digest = teachers.content_hash(teacher.params) if teacher else ""
+    evaluate = make_evaluator(parsed, mesh, task, student, teacher)
+    identity = {"teacher_hash": teachers.content_hash(teacher.params) if teacher else "", "data_hash": task.digest}
     if resumed:
-        state, step, info = _restore(checkpoints, student, optimizer, mesh, digest, parsed.teacher.path)
+        state, step, info = _restore(checkpoints, student, optimizer, mesh, identity, parsed)
     else:
-        state, step, info = learner.init_state(student.params, optimizer), 0, {"tokens_total": 0, "seconds": 0.0, "teacher_hash": digest}
+        state, step, info = learner.init_state(student.params, optimizer), 0, {"tokens_total": 0, "seconds": 0.0, **identity}
     student = dataclasses.replace(student, params={})
     writer = metrics.MetricsWriter(workdir)
     writer.truncate_after(step if resumed else -1)
@@ -90,25 +92,11 @@ def setup(parsed: Config, workdir: str | os.PathLike, *, make_model: Callable[[s
         student=student,
         teacher=teacher,
         pipeline=pipeline,
-        rollouts=rollout.make_source(
-            parsed.rollout,
-            tokenizer=student.tokenizer,
-            student=student.config,
-            teacher=teacher.config if teacher else None,
-            seed=parsed.seed,
-            mesh=mesh,
-        ),
+        rollouts=_make_source(parsed, student, teacher, mesh),
         objective=objective,
         schedule=learner.make_schedule(parsed.learner, parsed.steps),
-        update=learner.make_update(
-            objective,
-            student.config,
-            teacher.config if objective.has_teacher else None,
-            optimizer,
-            microbatches=parsed.learner.microbatches,
-            state=state,
-        ),
-        evaluate=make_evaluator(parsed, mesh, task, student, teacher),
+        update=_make_update(parsed, objective, optimizer, student, teacher, state),
+        evaluate=evaluate,
         checkpoints=checkpoints,
         writer=writer,
         state=state,
@@ -133,8 +121,8 @@ def check_workdir(workdir: pathlib.Path, config: Config) -> None:
             raise UserError(f"--workdir={workdir}: holds a run without its config.json; give another folder, or restore the file")
         return
     try:
-        previous = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        previous = config_lib.flatten(json.loads(path.read_text()))
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); give another --workdir, or restore the file") from None
     changed = config_lib.differences(previous, dataclasses.asdict(config))
     if changed:
@@ -161,9 +149,22 @@ def _describe_run(workdir: pathlib.Path, config: Config, student: LoadedModel) -
         model_io.describe(workdir, student.config, student.tokenizer)
 
 
-def run_recipes(config: Config, make_model: Callable[[str, str], str]) -> Config:
+def _warn_of_other_laws(config: Config) -> None:
+    """Says where completions come from another law than the policy in the loss, which is what the estimators' claims are about."""
+    asked, whole = config.rollout, config_lib.Rollout()
+    law = {name: getattr(asked, name) for name in ("top_p", "top_k", "min_p") if getattr(asked, name) != getattr(whole, name)}
+    if config.rollout.temperature != config.loss.student_temperature:
+        law |= {"temperature": config.rollout.temperature, "loss.student_temperature": config.loss.student_temperature}
+    if law and config.rollout.source == "student":
+        fields = ", ".join(f"{name} = {value}" for name, value in law.items())
+        log.warning(
+            "completions are drawn from another law than the policy in the loss (%s): the estimators' claims do not hold for it", fields
+        )
+
+
+def run_recipes(config: Config, make_model: Callable[[str, str], str], blocks: tuple[str, ...] = ("student", "teacher")) -> Config:
     """Replaces recipes by the folders that their runs made; a path that is given goes before a recipe."""
-    for block in ("student", "teacher"):
+    for block in blocks:
         source = getattr(config, block)
         if source.recipe and not source.path:
             path = make_model(source.recipe, config.cache_dir)
@@ -195,7 +196,9 @@ def _prepare(model: LoadedModel, tokenizer: tokenizer_lib.Tokenizer, field: str,
 
 def _random_student(config: Config, mesh: Mesh) -> LoadedModel:
     tokenizer = tokenizer_lib.load(config.student.tokenizer)
-    fields = dataclasses.asdict(config.student.init) | {
+    shape = config.student.init
+    fields = dataclasses.asdict(shape) | {
+        "head_dim": shape.head_dim or shape.hidden_size // shape.num_attention_heads,
         "vocab_size": tokenizer.vocab_size,
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": list(tokenizer.eos_ids),
@@ -217,8 +220,10 @@ def fit_context(config: Config, student: LoadedModel, teacher: LoadedModel | Non
 
 
 def _make_pipeline(config: Config, task: tasks.Task, tokenizer: tokenizer_lib.Tokenizer) -> Pipeline:
-    return Pipeline(
-        task.examples("train"),
+    """Raises UserError for examples that cannot be used; a very long task is checked in its first batch."""
+    examples = task.examples("train")
+    pipeline = Pipeline(
+        examples,
         tokenizer,
         prompts_per_step=config.rollout.batch_size // config.rollout.group_size,
         group_size=config.rollout.group_size,
@@ -226,15 +231,38 @@ def _make_pipeline(config: Config, task: tasks.Task, tokenizer: tokenizer_lib.To
         max_prompt_length=config.rollout.max_prompt_length,
         overlong=config.rollout.overlong,
     )
+    first = pipeline.batch(0).examples
+    if config.rollout.source == "dataset":
+        rollout.check_solutions(examples if len(examples) <= CHECKED_AT_ONCE else first)
+    return pipeline
 
 
-def _restore(checkpoints, student, optimizer, mesh, digest: str, teacher_path: str) -> tuple[TrainState, int, dict]:
+def _make_source(config: Config, student: LoadedModel, teacher: LoadedModel | None, mesh: Mesh) -> rollout.Source:
+    return rollout.make_source(
+        config.rollout,
+        tokenizer=student.tokenizer,
+        student=student.config,
+        teacher=teacher.config if teacher else None,
+        seed=config.seed,
+        mesh=mesh,
+    )
+
+
+def _make_update(config: Config, objective, optimizer, student: LoadedModel, teacher: LoadedModel | None, state: TrainState) -> Callable:
+    teacher_config = teacher.config if objective.has_teacher else None
+    microbatches = config.learner.microbatches
+    return learner.make_update(objective, student.config, teacher_config, optimizer, microbatches=microbatches, state=state)
+
+
+def _restore(checkpoints, student, optimizer, mesh, identity: dict, config: Config) -> tuple[TrainState, int, dict]:
     params = spec.abstract(transformer.param_specs(student.config), jnp.float32, mesh)
     step, state, info = checkpoints.restore(learner.abstract_state(params, optimizer))
-    if info["teacher_hash"] != digest:
+    if info["teacher_hash"] != identity["teacher_hash"]:
         raise UserError(
-            f"teacher.path = {teacher_path!r}: its weights are not those this run began with; restore them, or give another --workdir"
+            f"teacher.path = {config.teacher.path!r}: its weights are not those this run began with; restore them or give another --workdir"
         )
+    if info["data_hash"] != identity["data_hash"]:
+        raise UserError(f"task.path = {config.task.path!r}: is not the file this run began with; restore it, or give another --workdir")
     return state, step, info
 
 
@@ -243,7 +271,7 @@ def make_evaluator(config: Config, mesh: Mesh, task: tasks.Task, student: Loaded
     held_out = task.examples("eval")
     if not config.eval.prompts or not len(held_out):
         return None
-    return Evaluator(
+    evaluator = Evaluator(
         student=student,
         teacher=teacher,
         task=task,
@@ -256,3 +284,5 @@ def make_evaluator(config: Config, mesh: Mesh, task: tasks.Task, student: Loaded
         seed=config.seed,
         mesh=mesh,
     )
+    evaluator.check()
+    return evaluator

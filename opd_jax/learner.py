@@ -1,5 +1,6 @@
 """One update: microbatches, global denominators, clipping, AdamW, and a flag that keeps the state good when a gradient is not finite."""
 
+import functools
 from collections.abc import Callable
 
 import flax.struct
@@ -153,10 +154,11 @@ def _update_function(objective, student_config, teacher_config, optimizer, micro
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         # The host sees metrics one step late: until then a bad gradient, and what follows it, must leave the state as it was.
-        finite = state.finite & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        metrics = {"train/loss": loss, "train/grad_norm": grad_norm, **objective_lib.metrics(sums)}
+        finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, metrics.values()), state.finite)
         moved = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, finite)
         state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state.replace(finite=finite))
-        return state, {"train/loss": loss, "train/grad_norm": grad_norm, **objective_lib.metrics(sums)}
+        return state, metrics
 
     return update
 

@@ -44,7 +44,7 @@ def _glossary() -> dict[str, Description]:
         "train/grad_norm": Description("global norm of the gradient before clipping", "loss per parameter unit"),
         "train/learning_rate": Description("learning rate of this update", "-"),
         "train/reverse_kl": Description(
-            "mean over tokens of KL(student || teacher) on the student's own rollouts, exact, at the loss's temperatures",
+            "mean over tokens of KL(student || teacher) on the student's own rollouts, exact over the vocabulary",
             "nats/token",
         ),
         "train/log_ratio_mean": Description("mean over tokens of log q(y) - log pi(y), teacher less student", "nats/token"),

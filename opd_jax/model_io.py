@@ -44,8 +44,9 @@ def open_model(path: str, *, mesh: Mesh | None = None, dtype=None) -> LoadedMode
         return _open_run(pathlib.Path(path), mesh, dtype)
     if pathlib.Path(path).is_dir() and (pathlib.Path(path) / "checkpoints").is_dir():
         raise UserError(f"run directory {path}: model/config.json is missing; start the run again, or give another path")
-    params, config = hf.load(path, mesh=mesh, dtype=dtype)
-    return LoadedModel(params, config, tokenizer_lib.load(path))
+    folder = hf.local_folder(path)
+    params, config = hf.load(folder, mesh=mesh, dtype=dtype)
+    return LoadedModel(params, config, tokenizer_lib.load(str(folder)))
 
 
 def read_description(workdir: pathlib.Path) -> LoadedModel:

@@ -5,8 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from opd_jax.config import Config, ConfigError
-from opd_jax.numerics import estimators, masked
+from opd_jax.config import Config, ConfigError, check_choice
+from opd_jax.numerics import credit, entries, estimators, masked
 from opd_jax.numerics.estimators import Context, Estimator
 from opd_jax.numerics.token_stats import Head, Signal, Stats, Target, token_stats
 
@@ -21,15 +21,22 @@ class Objective:
     has_teacher: bool  # the teacher scores each update's completions
 
     @property
+    def shown(self) -> frozenset[str]:
+        """Statistics that the metrics show, at temperature 1."""
+        return frozenset({"logp", "entropy"} | ({"target_logp", "kl"} if self.has_teacher else set()))
+
+    @property
     def needs(self) -> frozenset[str]:
         """Statistics that the estimator uses, and those that the metrics show."""
-        shown = {"logp", "entropy"} | ({"target_logp", "kl"} if self.has_teacher else set())
-        return frozenset(shown | set(self.estimator.needs))
+        return self.shown | set(self.estimator.needs)
 
 
 def from_config(config: Config, *, has_teacher: bool) -> Objective:
     """The objective of a validated config. Raises ConfigError for a signal or credit that does not exist or does not fit."""
     signal, loss = config.signal, config.loss
+    check_choice("signal.divergence", signal.divergence, entries.KINDS)
+    check_choice("signal.support", signal.support, ("full", "sampled"))
+    check_choice("estimator.credit", config.estimator.credit, credit.CREDITS)
     try:
         built = estimators.build(
             Signal(
@@ -44,6 +51,10 @@ def from_config(config: Config, *, has_teacher: bool) -> Objective:
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if built.signal.needs_target and not has_teacher:
+        raise ConfigError(
+            f"config field teacher.path = '' must name a model, because signal.divergence = {signal.divergence!r} needs a teacher"
+        )
     # Cross-entropy needs no teacher, and the metrics that compare with one speak of the student's own completions.
     scored = has_teacher and (built.signal.needs_target or config.rollout.source == "student")
     return Objective(built, loss.normaliser, config.rollout.max_new_tokens, scored)
@@ -64,10 +75,14 @@ def loss(
     denominator: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """(the share of these rows in the loss, masked sums for the metrics). Shares and sums of microbatches add up."""
-    stats = token_stats(student, target, tokens_BT, signal=objective.estimator.signal, needs=objective.needs)
+    signal = objective.estimator.signal
+    stats = token_stats(student, target, tokens_BT, signal=signal, needs=objective.needs)
+    shown = stats
+    if (signal.student_temperature, signal.teacher_temperature) != (1.0, 1.0):
+        shown = token_stats(jax.lax.stop_gradient(student), target, tokens_BT, signal=Signal("nll"), needs=objective.shown)
     term = objective.estimator.terms(stats, context)
     loss_B = estimators.loss_B(stats, dataclasses.replace(term, mask_BT=term.mask_BT * weights_BT))
-    return jnp.sum(loss_B) / denominator, jax.lax.stop_gradient(_sums(stats, context))
+    return jnp.sum(loss_B) / denominator, jax.lax.stop_gradient(_sums(shown, context))
 
 
 def _sums(stats: Stats, context: Context) -> dict[str, jax.Array]:

@@ -112,17 +112,20 @@ class Recorder:
             "rollout/tokens_total": self._info["tokens_total"],
             "rollout/prompts_truncated": prompts.truncated,
         }
+        log = config.log
+        due = log.samples_every and (step == 1 or step % log.samples_every == 0 or step == config.steps)
+        verified = task.verifiable and config.rollout.source != "dataset"
+        if not (due or verified):
+            return record
         examples = [example for example in prompts.examples for _ in range(config.rollout.group_size)]
-        texts = [tokenizer.decode(tokens[mask].tolist()) for tokens, mask in zip(tokens_BT, mask_BT, strict=True)]
-        if task.verifiable and config.rollout.source != "dataset":
+        ids = [tokens[mask].tolist() for tokens, mask in zip(tokens_BT, mask_BT, strict=True)]
+        texts = [tokenizer.decode(row) for row in (ids if verified else ids[: log.samples])]
+        if verified:
             rewards = [task.verify(example, text).reward for example, text in zip(examples, texts, strict=True)]
             record["rollout/reward"] = float(np.mean(rewards))
-        log = config.log
-        if log.samples_every and (step == 1 or step % log.samples_every == 0 or step == config.steps):
-            ids = [tokens[mask].tolist() for tokens, mask in zip(tokens_BT, mask_BT, strict=True)]
-            rows = zip(examples, texts, ids, strict=True)
-            samples = [{"step": step, "prompt": e.prompt, "completion": text, "token_ids": i} for e, text, i in rows]
-            self.job.writer.samples(samples[: log.samples])
+        if due:
+            rows = list(zip(examples, texts, ids, strict=False))[: log.samples]
+            self.job.writer.samples({"step": step, "prompt": e.prompt, "completion": text, "token_ids": i} for e, text, i in rows)
         return record
 
     def _evaluation(self) -> dict[str, float]:

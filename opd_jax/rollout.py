@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from opd_jax import config as config_lib
 from opd_jax import parallel, sampler
 from opd_jax.data import pipeline
+from opd_jax.data.tasks import Example
 from opd_jax.data.tokenizer import Tokenizer
 from opd_jax.models.config import ModelConfig
 from opd_jax.types import Prompts, Rollout, UserError
@@ -61,6 +62,15 @@ def from_completions(tokens_BT: jax.Array, mask_BT: jax.Array, stopped_B: jax.Ar
     return Rollout(tokens_BT, mask_BT, zeros_BT, zeros_BT, id_B, stopped_B)
 
 
+def check_solutions(examples: Sequence[Example]) -> None:
+    """Raises UserError for an example without a solution, which rollout.source = 'dataset' needs."""
+    for example in examples:
+        if example.solution is None:
+            raise UserError(
+                f"rollout.source = 'dataset': the example with prompt {example.prompt[:40]!r} has no solution to learn from; add one"
+            )
+
+
 def make_source(
     settings: config_lib.Rollout, *, tokenizer: Tokenizer, student: ModelConfig, teacher: ModelConfig | None, seed: int, mesh: Mesh
 ) -> Source:
@@ -73,11 +83,7 @@ def make_source(
         return sample(params, model_config, prompts, key=key, stop_ids=tokenizer.eos_ids, **law)
 
     def dataset(_, __, batch: pipeline.Batch, step: int) -> Rollout:
-        missing = [example for example in batch.examples if example.solution is None]
-        if missing:
-            raise UserError(
-                f"rollout.source = 'dataset': the example with prompt {missing[0].prompt[:40]!r} has no solution to learn from; add one"
-            )
+        check_solutions(batch.examples)
         texts = [example.solution for example in batch.examples for _ in range(settings.group_size)]
         tokens_BT, mask_BT, stopped_B = pipeline.encode_completions(texts, tokenizer, max_new_tokens=settings.max_new_tokens)
         arrays = parallel.shard_batch((tokens_BT, mask_BT, stopped_B, batch.prompts.id_B), mesh)

@@ -27,8 +27,8 @@ class Law:
     min_p: float = 0.0  # tokens with at least this share of the largest probability; 0: all
 
     def __post_init__(self):
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            raise UserError(f"temperature = {self.temperature!r} must be 0 (greedy) or more, and finite")
+        if not (self.temperature == 0 or 1e-4 <= self.temperature < math.inf):
+            raise UserError(f"temperature = {self.temperature!r} must be 0 (greedy) or at least 0.0001, and finite")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p = {self.top_p!r} must be above 0 and at most 1")
         if self.top_k < 0:

@@ -17,7 +17,7 @@ from opd_jax.job import Job, setup
 from opd_jax.metrics import Progress
 from opd_jax.numerics.estimators import Context
 from opd_jax.recorder import Recorder
-from opd_jax.types import Rollout, view
+from opd_jax.types import Rollout, UserError, view
 
 
 def run(config, workdir, *, stop: StopRequest | None = None, progress: Progress | None = None) -> Iterator[dict]:
@@ -61,8 +61,7 @@ def make_model(recipe: str, cache_dir: str, *, stop: StopRequest | None = None, 
     digest = hashlib.blake2b(repr(config_lib.parse(config)).encode(), digest_size=4).hexdigest()
     name = recipe.removesuffix(".py").replace(".py:", "_").replace("/", "_").replace(",", "_")
     workdir = pathlib.Path(cache_dir) / f"{name}_{digest}"
-    newest = checkpoint.latest_info(workdir / "checkpoints")
-    if newest is None or newest[0] < config.steps:
+    if checkpoint.newest_step(workdir / "checkpoints") < config.steps:
         if progress is not None:
             progress.phase(f"making {recipe} in {workdir} (once)")
         for _ in run(config, workdir, stop=stop, progress=progress):
@@ -78,6 +77,13 @@ def load_config(name: str):
     if path is None:
         raise ConfigError(f"recipe {name!r}: there is no file {file}; give the path of a config file")
     spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None:
+        raise ConfigError(f"recipe {name!r}: {path} is not a Python file; give a config file such as configs/quickstart.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(arg or None)
+    try:
+        spec.loader.exec_module(module)
+        return module.get_config(arg or None)
+    except UserError:
+        raise
+    except Exception as error:  # a config file is the user's code
+        raise ConfigError(f"recipe {name!r}: {path} cannot be loaded ({type(error).__name__}: {error}); correct the file") from error

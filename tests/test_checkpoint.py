@@ -44,7 +44,7 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
     step, restored, info = Checkpoints(tmp_path / "c").restore(abstract_state())
     assert (step, info) == (7, {"tokens_total": 12})
     equal(restored, state)
-    assert checkpoint.latest_info(tmp_path / "c") == (7, {"tokens_total": 12})
+    assert checkpoint.newest_step(tmp_path / "c") == 7
 
 
 @pytest.mark.parametrize("saved, wanted", [((1, 1, 1), (2, 2, 2)), ((2, 2, 2), (1, 8, 1)), ((8, 1, 1), (1, 1, 1))])
@@ -111,11 +111,16 @@ def test_a_damaged_entry_falls_back_to_the_one_before_with_a_warning(damage, tmp
     checkpoints.save(1, make_state(1), {"step": 1})
     checkpoints.save(2, make_state(2), {"step": 2})
     DAMAGE[damage](tmp_path / "2")
+    assert checkpoint.newest_step(tmp_path) == -1
+    equal(checkpoint.restore_params(tmp_path, abstract_state().params), make_state(1).params)
     step, restored, info = checkpoints.restore(abstract_state())
     assert (step, info) == (1, {"step": 1})
     equal(restored, make_state(1))
     assert f"{tmp_path / '2'} cannot be read" in caplog.text
-    equal(checkpoint.restore_params(tmp_path, abstract_state().params), make_state(1).params)
+    # Set aside: it neither counts among those that are kept, nor comes back over what the run does now.
+    assert checkpoints.steps() == [1] and (tmp_path / "2.tmp_old").is_dir()
+    checkpoints.save(2, make_state(3), {"step": 2})
+    assert checkpoints.steps() == [1, 2] and not (tmp_path / "2.tmp_old").exists()
 
 
 def test_with_no_readable_entry_there_is_no_silent_fresh_start(tmp_path):
@@ -130,7 +135,7 @@ def test_with_no_readable_entry_there_is_no_silent_fresh_start(tmp_path):
 
 def test_without_entries(tmp_path):
     assert Checkpoints(tmp_path / "none").restore(abstract_state()) is None
-    assert checkpoint.latest_info(tmp_path / "none") is None
+    assert checkpoint.newest_step(tmp_path / "none") == -1
     with pytest.raises(UserError, match="holds no checkpoint"):
         checkpoint.restore_params(tmp_path / "none", abstract_state().params)
 

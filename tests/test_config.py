@@ -47,7 +47,7 @@ def test_defaults_round_trip():
             "config field rollout.batch_size = 64 / learner.microbatches = 64 must be divisible by mesh.data * mesh.fsdp = 3",
         ),
         ({"rollout__top_p": 0.0}, "config field rollout.top_p = 0.0 must be above 0 and at most 1"),
-        ({"rollout__temperature": -1.0}, "config field rollout.temperature = -1.0 must be 0 or more"),
+        ({"rollout__temperature": -1.0}, "config field rollout.temperature = -1.0 must be 0 (greedy) or at least 0.0001"),
         ({"loss__student_temperature": 0.0}, "config field loss.student_temperature = 0.0 must be above 0"),
         ({"learner__learning_rate": float("nan")}, "config field learner.learning_rate = nan must be a finite number"),
         (
@@ -56,8 +56,13 @@ def test_defaults_round_trip():
         ),
         ({"loss__normaliser": "mean"}, "config field loss.normaliser = 'mean' is not known; valid: token_mean, sequence_mean"),
         (
-            {"teacher__path": ""},
-            "config field teacher.path = '' must name a model, because signal.divergence = 'reverse_kl' needs a teacher",
+            {"teacher__path": "", "rollout__source": "teacher"},
+            "config field teacher.path = '' must name a model, because rollout.source = 'teacher' needs a teacher",
+        ),
+        ({"rollout__temperature": 1e-39}, "config field rollout.temperature = 1e-39 must be 0 (greedy) or at least 0.0001"),
+        (
+            {"signal__support": "sampled", "rollout__temperature": 0.0},
+            "config field rollout.temperature = 0.0 is greedy, but signal.support = 'sampled' needs draws from the policy",
         ),
         (
             {"signal__support": "sampled", "rollout__source": "teacher"},

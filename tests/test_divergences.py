@@ -165,5 +165,11 @@ def test_temperatures_divide_logits(temperature, float64):
     ],
 )
 def test_refusals(arguments, words):
+    """Never a number for a question that was not asked."""
     with pytest.raises(ValueError, match=words):
         divergence(jnp.zeros((1, 1, 3)), jnp.zeros((1, 1, 3)), **arguments)
+
+
+def test_logits_of_different_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"shapes \(1, 5, 7\) and \(1, 6, 9\); align them"):
+        divergence(jnp.zeros((1, 5, 7)), jnp.zeros((1, 6, 9)), kind="reverse_kl")

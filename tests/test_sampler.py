@@ -138,6 +138,7 @@ def test_uniforms_are_the_same_bits_on_eight_devices(shape):
     "fields, words",
     [
         ({"temperature": -1.0}, "temperature = -1.0 must be 0"),
+        ({"temperature": 1e-39}, "temperature = 1e-39 must be 0 .greedy. or at least 0.0001"),
         ({"temperature": float("nan")}, "temperature = nan must be 0"),
         ({"top_p": 0.0}, "top_p = 0.0 must be above 0 and at most 1"),
         ({"top_k": -1}, "top_k = -1 must be 0"),

@@ -89,11 +89,29 @@ def test_at_most_half_of_a_file_is_held_out(tmp_path, lines, held_out):
     assert (len(task.examples("train")), len(task.examples("eval"))) == (lines - held_out, held_out)
 
 
+def test_a_prompt_that_is_held_out_is_not_trained_on(tmp_path):
+    path = write(tmp_path / "data.jsonl", [{"prompt": p} for p in ("a", "b", "c", "b")])
+    task = jsonl.read(path, train_size=0, eval_size=1)
+    assert [e.prompt for e in task.examples("train")] == ["a", "c"] and [e.prompt for e in task.examples("eval")] == ["b"]
+
+
+def test_line_separators_within_a_text_are_text(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes('{"prompt": "a\u2028b\u0085"}\r\n{"prompt": "c"}\r\n'.encode())
+    assert [e.prompt for e in jsonl.read(str(path), train_size=0, eval_size=0).examples("train")] == ["a\u2028b\u0085", "c"]
+
+
+def test_the_digest_tells_files_apart(tmp_path):
+    digests = [jsonl.read(write(tmp_path / "d.jsonl", [{"prompt": p}]), train_size=0, eval_size=0).digest for p in ("a", "b", "a")]
+    assert digests[0] == digests[2] != digests[1]
+
+
 BROKEN = {
     "no JSON": ('{"prompt": "a"', "line 2: is not JSON"),
     "a list": ("[1]", "line 2: has no `prompt` text"),
     "no prompt": ('{"question": "a"}', "line 2: has no `prompt` text"),
     "prompt of another type": ('{"prompt": 3}', "line 2: has no `prompt` text"),
+    "half a surrogate pair": ('{"prompt": "\\ud800x"}', "line 2: `prompt` holds half of a surrogate pair"),
     "answer of another type": ('{"prompt": "a", "answer": ["b"]}', "line 2: `answer` is list"),
 }
 
@@ -119,7 +137,7 @@ def test_files_that_cannot_be_used(tmp_path):
     with pytest.raises(UserError, match="is not UTF-8 at byte 15"):
         read(tmp_path / "latin.jsonl")
     with pytest.raises(UserError, match="has 2 examples, 1 of them to train on; lower task.train_size = 5"):
-        read(write(tmp_path / "two.jsonl", [{"prompt": "a"}] * 2), train_size=5)
+        read(write(tmp_path / "two.jsonl", [{"prompt": "a"}, {"prompt": "b"}]), train_size=5)
 
 
 def test_unknown_task_and_level_are_refused():

@@ -266,3 +266,10 @@ def test_topk_equals_a_full_sort():
     np.testing.assert_array_equal(ids_BTK, order)
     np.testing.assert_allclose(logp_BTK, np.take_along_axis(logp, order, -1), atol=1e-6)
     np.testing.assert_allclose(np.exp(outside_BT), 1 - np.exp(logp_BTK).sum(-1), atol=1e-6)
+
+
+def test_the_mass_outside_the_top_does_not_cancel():
+    logits = jnp.array([[[20.0, 0.0, -1.0, -2.0]]])
+    expected = np.log(np.exp([0.0, -1.0, -2.0]).sum()) - np.log(np.exp(np.array([20.0, 0.0, -1.0, -2.0])).sum())
+    assert float(lib.topk(DenseHead(logits), k=1)[2][0, 0]) == pytest.approx(expected, rel=1e-5)
+    assert np.isneginf(lib.topk(DenseHead(logits), k=4)[2]).all()

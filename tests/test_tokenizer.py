@@ -85,6 +85,25 @@ def test_a_tokenizer_without_padding_pads_with_its_stop_token(tmp_path):
     assert lib.Tokenizer(fast, eos_ids=[1], adds_bos=False).pad_id == 1
 
 
+def test_stop_id_0_is_saved(tmp_path):
+    zero = lib.Tokenizer(lib.byte()._fast, eos_ids=[0], adds_bos=False)
+    zero.save(tmp_path)
+    assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == 0
+    assert 0 in lib.load(str(tmp_path)).eos_ids
+
+
+def test_add_bos_token_null_is_as_good_as_absent(tmp_path):
+    assert not lib.load(str(words(tmp_path, settings={"add_bos_token": None}))).adds_bos
+
+
+def test_a_hub_id_reads_the_files_of_its_snapshot(tmp_path, monkeypatch):
+    """What downloads is one function; here it is given a folder, and stop ids and bos come from that folder's files."""
+    folder = words(tmp_path, generation={"eos_token_id": [1, 5]}, settings={"add_bos_token": True})
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, allow_patterns: folder)
+    tokenizer = lib.load("owner/name")
+    assert tokenizer.eos_ids == (1, 5) and tokenizer.adds_bos
+
+
 def test_compatible_tokenizers_pass_and_padded_vocabularies_are_not_compared(tmp_path):
     lib.check_compatible(lib.byte(), lib.byte())
     longer = words(tmp_path / "longer", ("<s>", "</s>", "<pad>", "a", "b", "c", "d"))
@@ -99,6 +118,9 @@ def test_what_makes_tokenizers_differ_is_named(tmp_path):
     other = lib.load(str(words(tmp_path / "other", ("<s>", "</s>", "<pad>", "a", "b", "c", "fox"))))
     with pytest.raises(UserError, match="splits 'The quick brown fox.*differently from token 3"):
         lib.check_compatible(student, other)
+    begins = lib.load(str(words(tmp_path / "begins", settings={"add_bos_token": True})))
+    with pytest.raises(UserError, match=r"its prompts begin with \[0, 3\], the student's with \[3\]; make add_bos_token agree"):
+        lib.check_compatible(student, begins)
     stops = lib.load(str(words(tmp_path / "stops", generation={"eos_token_id": 3})))
     stops.eos_ids = (3,)
     with pytest.raises(UserError, match=r"its stop ids \(3,\) and the student's \(1,\) have none in common"):
@@ -124,6 +146,8 @@ def test_the_real_tokenizer_equals_transformers(shared_data):
     folder = shared_data / "models" / "stories260K"
     ours, theirs = lib.load(str(folder)), transformers.AutoTokenizer.from_pretrained(folder)
     text = "Once upon a time, there was a naïve cat."
-    assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
+    assert ours.encode_prompt(text) == [ours.bos_id, *theirs.encode(text, add_special_tokens=False)]
+    head, tail = "Once upon a time", ", there was a cat."  # in the middle of a sequence no space is added
+    assert ours.encode_prompt(head) + ours.encode(tail) == ours.encode_prompt(head + tail)
     assert ours.encode_prompt("")[:1] == [ours.bos_id]
-    assert ours.decode(ours.encode(text)).strip() == text
+    assert ours.decode(ours.encode_prompt(text)).strip() == text

@@ -247,3 +247,84 @@ def test_a_path_that_is_given_goes_before_a_recipe(teacher, tmp_path):
     c = opd_config(teacher, steps=1)
     c.teacher.recipe = "configs/nothing.py"
     assert [record["step"] for record in train.run(c, tmp_path / "run")] == [0, 1]
+
+
+def test_a_recipe_whose_newest_checkpoint_is_damaged_is_trained_to_its_end_again(tmp_path):
+    """A directory name is no proof: the bytes are checked, and the run goes on from the last good entry."""
+    recipe = tmp_path / "tiny.py"
+    recipe.write_text(f"from ml_collections import ConfigDict\ndef get_config(arg):\n  return ConfigDict({sft_config().to_dict()!r})\n")
+    made = pathlib.Path(train.make_model(str(recipe), str(tmp_path / "cache")))
+    whole = model_io.open_model(str(made)).params
+    entry = made / "checkpoints" / "3"
+    largest = max((path for path in entry.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-7])
+    assert train.make_model(str(recipe), str(tmp_path / "cache")) == str(made)
+    again = model_io.open_model(str(made)).params
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(again), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("missing.py", None, "there is no file"),
+        ("notes.md", "# notes", "is not a Python file"),
+        ("broken.py", "import no_such_module", "cannot be loaded .ModuleNotFoundError"),
+        ("empty.py", "", "cannot be loaded .AttributeError"),
+    ],
+)
+def test_recipes_that_cannot_be_used_are_named(name, text, words, tmp_path):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=words):
+        train.load_config(str(tmp_path / name))
+
+
+def jsonl_config(teacher, path):
+    c = opd_config(teacher, steps=2)
+    c.task.name, c.task.path, c.task.eval_size, c.rollout.group_size = "jsonl", str(path), 1, 1
+    return c
+
+
+def test_what_is_refused_leaves_the_workdir_as_it_was(teacher, tmp_path):
+    """A held-out prompt that is too long, a missing solution: found before anything is written, so that the remedy works in the same place."""
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "ab"}\n{"prompt": "cd", "solution": "e"}\n{"prompt": "' + "x" * 300 + '"}\n')
+    c = jsonl_config(teacher, data)
+    with pytest.raises(UserError, match="a prompt has 300 tokens"):
+        next(train.run(c, tmp_path / "run"))
+    c.rollout.source, c.signal.divergence, c.rollout.overlong = "dataset", "nll", "truncate"
+    with pytest.raises(UserError, match="the example with prompt 'ab' has no solution"):
+        next(train.run(c, tmp_path / "run"))
+    assert not list((tmp_path / "run").iterdir())
+    c.rollout.source, c.signal.divergence = "student", "reverse_kl"
+    assert [record["step"] for record in train.run(c, tmp_path / "run")] == [0, 1, 2]
+
+
+def test_another_data_file_in_the_same_place_is_refused(teacher, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "ab"}\n{"prompt": "cd"}\n')
+    for record in train.run(jsonl_config(teacher, data), tmp_path / "run"):
+        if record["step"] == 1:
+            break
+    data.write_text('{"prompt": "ab"}\n{"prompt": "ce"}\n')
+    with pytest.raises(UserError, match="is not the file this run began with"):
+        next(train.run(jsonl_config(teacher, data), tmp_path / "run"))
+
+
+def test_a_law_that_is_not_the_policy_is_said(teacher, tmp_path, caplog):
+    c = opd_config(teacher, steps=1)
+    next(train.run(c, tmp_path / "plain"))
+    assert "another law" not in caplog.text
+    c.rollout.top_p, c.rollout.temperature = 0.9, 0.7
+    next(train.run(c, tmp_path / "other"))
+    assert "another law than the policy in the loss (top_p = 0.9, temperature = 0.7, loss.student_temperature = 1.0)" in caplog.text
+
+
+def test_metrics_are_at_temperature_1_whatever_the_loss(teacher, tmp_path):
+    c = opd_config(teacher, steps=1)
+    plain = list(train.run(c, tmp_path / "plain"))[-1]
+    c.loss.student_temperature = c.loss.teacher_temperature = 3.0
+    other = list(train.run(c, tmp_path / "other"))[-1]
+    for name in ("train/reverse_kl", "rollout/entropy", "train/log_ratio_mean"):
+        assert other[name] == pytest.approx(plain[name], rel=1e-5)
+    assert other["train/loss"] < 0.9 * plain["train/loss"]

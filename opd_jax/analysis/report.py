@@ -63,12 +63,11 @@ def read_runs(workdirs: Sequence[str | os.PathLike]) -> list[Run]:
 
 
 def _read_run(path: pathlib.Path, name: str) -> Run:
-    for needed in ("config.json", "metrics.jsonl"):
-        if not (path / needed).is_file():
-            raise UserError(f"--workdir={path}: is not a run directory ({needed} is missing); give the --workdir of a training run")
-    samples = path / "samples.jsonl"
+    if not (path / "config.json").is_file():
+        raise UserError(f"--workdir={path}: is not a run directory (config.json is missing); give the --workdir of a training run")
     config = config_lib.flatten(json.loads((path / "config.json").read_text()))
-    return Run(name, config, metrics.read(path / "metrics.jsonl"), metrics.read(samples) if samples.exists() else [])
+    records, samples = (metrics.read(path / name) if (path / name).exists() else [] for name in ("metrics.jsonl", "samples.jsonl"))
+    return Run(name, config, records, samples)
 
 
 def table(runs: Sequence[Run]) -> list[list[str]]:

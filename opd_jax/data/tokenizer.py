@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any
 
+from opd_jax.models import hf
 from opd_jax.types import UserError
 
 # Text on which two tokenizers that are called the same are most likely to differ.
@@ -34,12 +35,24 @@ class Tokenizer:
         return max(self._fast.get_vocab().values()) + 1
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text in the middle of a sequence: no special tokens are added."""
-        return self._fast.encode(text, add_special_tokens=False)
+        """Ids of a text in the middle of a sequence: no special tokens, and no space that some tokenizers put before a first word."""
+        before = self._encode("\n") if self._adds_space else []
+        ids = self._encode("\n" + text) if self._adds_space else self._encode(text)
+        return ids[len(before) :]
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a text at the beginning of a sequence: with bos where this tokenizer begins sequences with it."""
-        return ([self.bos_id] if self.adds_bos else []) + self.encode(text)
+        return ([self.bos_id] if self.adds_bos else []) + self._encode(text)
+
+    def _encode(self, text: str) -> list[int]:
+        return self._fast.encode(text, add_special_tokens=False)
+
+    @functools.cached_property
+    def _adds_space(self) -> bool:
+        """Whether "a" after a line break is other tokens than "a" alone, as with SentencePiece's dummy prefix."""
+        line = self._encode("\n")
+        after = self._encode("\na")
+        return after[: len(line)] == line and after[len(line) :] != self._encode("a")
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text without special tokens; bytes that are no UTF-8 become replacement characters."""
@@ -56,8 +69,8 @@ class Tokenizer:
         settings = folder / "tokenizer_config.json"
         fields = json.loads(settings.read_text(encoding="utf-8")) | {"add_bos_token": self.adds_bos}
         settings.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        eos = self.eos_ids[0] if len(self.eos_ids) == 1 else list(self.eos_ids)
-        ids = {"bos_token_id": self.bos_id, "eos_token_id": eos or None, "pad_token_id": self.pad_id}
+        eos = self.eos_ids[0] if len(self.eos_ids) == 1 else (list(self.eos_ids) or None)
+        ids = {"bos_token_id": self.bos_id, "eos_token_id": eos, "pad_token_id": self.pad_id}
         (folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
 
     def fingerprint(self) -> str:
@@ -72,17 +85,16 @@ def load(path_or_repo: str) -> Tokenizer:
         return byte()
     import transformers
 
-    folder = pathlib.Path(path_or_repo)
-    if not folder.is_dir() and (folder.is_absolute() or str(path_or_repo).startswith(".") or folder.exists()):
-        raise UserError(f"tokenizer {path_or_repo}: is not a folder; give a Hugging Face folder, a hub id, or 'byte'")
+    folder = hf.local_folder(path_or_repo)
     try:
-        fast = transformers.AutoTokenizer.from_pretrained(path_or_repo, trust_remote_code=False)
+        fast = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers, huggingface_hub and tokenizers raise many types for a folder they cannot read
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"tokenizer {path_or_repo}: cannot be loaded ({reason}); give a folder with tokenizer.json") from None
     settings = _read_json(folder / "tokenizer_config.json")
     begins = fast.encode("a", add_special_tokens=True)[:1] == [fast.bos_token_id]
-    adds_bos = fast.bos_token_id is not None and bool(settings.get("add_bos_token", begins))
+    said = settings.get("add_bos_token")
+    adds_bos = fast.bos_token_id is not None and bool(begins if said is None else said)
     return Tokenizer(fast, eos_ids=_stop_ids(folder, fast), adds_bos=adds_bos)
 
 
@@ -145,6 +157,11 @@ def check_compatible(student: Tokenizer, teacher: Tokenizer) -> None:
                 f"teacher.path: its tokenizer splits {text[:40]!r} differently from token {at} ({b[at : at + 3]}, not {a[at : at + 3]}), "
                 "choose a teacher of the student's family"
             )
+    if student.encode_prompt("a") != teacher.encode_prompt("a"):
+        raise UserError(
+            f"teacher.path: its prompts begin with {teacher.encode_prompt('a')[:2]}, the student's with {student.encode_prompt('a')[:2]}; "
+            "make add_bos_token agree in tokenizer_config.json"
+        )
     if not set(student.eos_ids) & set(teacher.eos_ids) and (student.eos_ids or teacher.eos_ids):
         raise UserError(
             f"teacher.path: its stop ids {teacher.eos_ids} and the student's {student.eos_ids} have none in common, so neither would learn "

@@ -34,7 +34,7 @@ def divergence(
 
     support "full" sums over the vocabulary. "sampled" needs `tokens_BT` drawn from p and promises the expected gradient only; its value is
     not a divergence. `k` and `tail` belong to top-k supports, of which there are none yet. Temperatures divide logits; no tau^2 factor.
-    Raises ValueError for unknown names, beta missing or outside [0, 1], and "sampled" without tokens.
+    Raises ValueError for unknown names, beta missing or outside [0, 1], shapes that differ, and "sampled" without tokens.
     """
     if kind not in entries.DIVERGENCES:
         raise ValueError(f"kind = {kind!r} is not known; valid: {', '.join(entries.DIVERGENCES)}")
@@ -44,6 +44,8 @@ def divergence(
         raise ValueError(f"k = {k!r} is for top-k supports; support = {support!r} takes none")
     if tail != "renormalise":
         raise ValueError(f"tail = {tail!r} is for top-k supports; support = {support!r} takes none")
+    if student_logits_BTV.shape != teacher_logits_BTV.shape:
+        raise ValueError(f"logits of student and teacher have shapes {student_logits_BTV.shape} and {teacher_logits_BTV.shape}; align them")
     if support == "sampled" and tokens_BT is None:
         raise ValueError("support = 'sampled' needs tokens_BT, the tokens that the student drew")
     tokens_BT = jnp.zeros(student_logits_BTV.shape[:-1], jnp.int32) if tokens_BT is None else tokens_BT

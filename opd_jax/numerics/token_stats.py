@@ -142,7 +142,9 @@ def topk(head: Head | DenseHead, *, k: int, tile: int | None = None) -> tuple[ja
     def one(_, inputs):
         logp = _log_softmax(_logits(inputs, 1.0))
         top, ids = jax.lax.top_k(logp, k)
-        return None, (ids, top, jnp.log1p(-jnp.minimum(jnp.sum(jnp.exp(top), axis=-1), 1.0)))
+        # Summed outside, not 1 less the sum inside, which cancels when the top has nearly all mass.
+        outside = jnp.put_along_axis(logp, ids, -jnp.inf, axis=-1, inplace=False)
+        return None, (ids, top, jax.nn.logsumexp(outside, axis=-1))
 
     rows, length = hidden.shape[:2]
     return _over_tiles(one, None, head, length, tile or _fitting_tile(rows, length, _vocabulary(head)))[1]

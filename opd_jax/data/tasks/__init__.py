@@ -30,6 +30,7 @@ class Task(Protocol):
 
     name: str
     verifiable: bool
+    digest: str  # of the data that the task reads; empty where it makes its examples
 
     def examples(self, split: str) -> Sequence[Example]:
         """The examples of split "train" or "eval"; the two never share a prompt, unless all prompts are one."""

@@ -23,6 +23,7 @@ class Arithmetic:
     eval_size: int
     seed: int
     name = "arithmetic"
+    digest = ""
     verifiable = True
 
     def __post_init__(self):

@@ -1,6 +1,7 @@
 """A user's file: one JSON object per line with `prompt`, optionally `answer` (to verify) and `solution` (to learn from)."""
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ class Jsonl:
     train: tuple[Example, ...]
     held_out: tuple[Example, ...]
     verifiable: bool  # every line has an answer
+    digest: str
     name = "jsonl"
 
     def examples(self, split: str) -> Sequence[Example]:
@@ -31,12 +33,13 @@ class Jsonl:
 def read(path: str, *, train_size: int, eval_size: int) -> Jsonl:
     """Reads a file; the last `eval_size` lines, at most half of them, are held out; `train_size` (0: all) of the others are trained on.
 
-    Raises UserError.
+    A prompt that is held out is never trained on, also where it stands on several lines. Raises UserError.
     """
     if not path:
         raise UserError("config field task.path = '' must name a file of lines with `prompt` for task.name = 'jsonl'")
     try:
-        lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+        content = pathlib.Path(path).read_bytes()
+        lines = content.decode("utf-8").split("\n")  # not at U+2028, which JSON allows in text
     except UnicodeDecodeError as error:
         raise UserError(f"task.path = {path!r}: is not UTF-8 at byte {error.start}; convert the file") from None
     except OSError as error:
@@ -44,13 +47,16 @@ def read(path: str, *, train_size: int, eval_size: int) -> Jsonl:
     examples = [_example(path, number, line, index) for index, (number, line) in enumerate(_filled(lines))]
     if not examples:
         raise UserError(f"task.path = {path!r}: has no lines; give a file of lines with `prompt`")
+    digest = hashlib.blake2b(content, digest_size=16).hexdigest()
     split = len(examples) - min(eval_size, len(examples) // 2)
-    train, held_out = examples[:split], examples[split:]
+    held_out = examples[split:]
+    seen = {example.prompt for example in held_out}
+    train = [example for example in examples[:split] if example.prompt not in seen]
     if len(train) < train_size:
         raise UserError(
             f"task.path = {path!r}: has {len(examples)} examples, {len(train)} of them to train on; lower task.train_size = {train_size}"
         )
-    return Jsonl(tuple(train[: train_size or None]), tuple(held_out), all(example.answer is not None for example in examples))
+    return Jsonl(tuple(train[: train_size or None]), tuple(held_out), all(example.answer is not None for example in examples), digest)
 
 
 def _filled(lines: list[str]) -> list[tuple[int, str]]:
@@ -70,4 +76,7 @@ def _example(path: str, number: int, line: str, index: int) -> Example:
         if value is not None and not isinstance(value, str | int | float):
             raise UserError(f"{where}: `{name}` is {type(value).__name__}, it must be text or a number")
     answer, solution = (None if fields.get(name) is None else str(fields[name]) for name in FIELDS[1:])
+    for name, text in (("prompt", fields["prompt"]), ("answer", answer), ("solution", solution)):
+        if text is not None and any("\ud800" <= char <= "\udfff" for char in text):
+            raise UserError(f"{where}: `{name}` holds half of a surrogate pair, which is no text; write the character itself")
     return Example(id=index, prompt=fields["prompt"], solution=solution if solution is not None else answer, answer=answer)

@@ -13,6 +13,7 @@ class Unconditional:
     train_size: int  # 0: unlimited; ids differ, so that draws do
     eval_size: int
     name = "unconditional"
+    digest = ""
     verifiable = False
 
     def examples(self, split: str) -> Sequence[Example]:
