@@ -82,6 +82,8 @@ def _parse_flags() -> list[str]:
 def _flag_message(error: Exception) -> str:
     if isinstance(error, OSError):
         return f"--config: the file cannot be loaded ({str(error).splitlines()[-1].strip()}); give an existing file"
+    if "Traceback" in str(error):  # ml_collections wraps what a config file raised into a text with its traceback
+        return str(error).strip().splitlines()[-1].split("Error: ", 1)[-1]
     if isinstance(error, UserError | flags.Error):
         return str(error)
     if isinstance(error, KeyError | AttributeError) and error.args:  # ml_collections: a field that does not exist

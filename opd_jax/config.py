@@ -65,7 +65,8 @@ class Rollout:
 
 @dataclasses.dataclass(frozen=True)
 class Signal:
-    divergence: str = "reverse_kl"  # reverse_kl, forward_kl, jsd, jsd_continuous, skew_forward_kl, skew_reverse_kl, nll, ...
+    # reverse_kl, forward_kl, jsd, jsd_continuous, skew_forward_kl, skew_reverse_kl; without a teacher nll, negative_entropy; cross_entropy
+    divergence: str = "reverse_kl"  # which per-token loss compares student and teacher
     support: str = "full"  # full: sum over the vocabulary; sampled: the sampled token alone (unbiased in expectation)
     beta: float = 0.5  # mixing weight of jsd, jsd_continuous and the skewed divergences; others ignore it
 
@@ -161,8 +162,8 @@ class Config:
     task: Task = Task()
 
 
-# Fields that do not change the numbers of an update: they may differ when a run is resumed. `steps` may grow.
-FREE_ON_RESUME = ("eval.", "log.", "checkpoint.", "cache_dir")
+# Fields that do not change the numbers of an update (a mesh: but by rounding): they may differ when a run is resumed. `steps` may grow.
+FREE_ON_RESUME = ("eval.", "log.", "checkpoint.", "mesh.", "cache_dir")
 
 
 def default() -> ConfigDict:

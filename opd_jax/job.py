@@ -61,10 +61,10 @@ def setup(parsed: Config, workdir: str | os.PathLike, *, make_model: Callable[[s
     Raises UserError for a config, folder, model, tokenizer or data file that cannot be used.
     """
     asked, workdir = parsed, pathlib.Path(workdir)
+    objective = objective_lib.from_config(parsed, has_teacher=bool(parsed.teacher.path or parsed.teacher.recipe))
     check_workdir(workdir, asked)
     mesh = parallel.make_mesh(parsed.mesh.data, parsed.mesh.fsdp, parsed.mesh.tensor)
     task = tasks.make(**dataclasses.asdict(parsed.task))
-    objective = objective_lib.from_config(parsed, has_teacher=bool(parsed.teacher.path or parsed.teacher.recipe))
     _warn_of_other_laws(parsed)
     optimizer = learner.make_optimizer(parsed.learner, parsed.steps)
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=parsed.checkpoint.keep)
@@ -269,6 +269,8 @@ def _restore(checkpoints, student, optimizer, mesh, identity: dict, config: Conf
 def make_evaluator(config: Config, mesh: Mesh, task: tasks.Task, student: LoadedModel, teacher: LoadedModel | None) -> Evaluator | None:
     """None where nothing is held out or asked for."""
     held_out = task.examples("eval")
+    if config.eval.prompts and not len(held_out):
+        log.warning("task.name = %r holds no prompts out (task.eval_size = %d): there is no evaluation", task.name, config.task.eval_size)
     if not config.eval.prompts or not len(held_out):
         return None
     evaluator = Evaluator(

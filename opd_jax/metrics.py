@@ -176,7 +176,7 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=record["step"], description=text)
         evaluated = any(name.startswith("eval/") for name in record)
-        if evaluated or (self._bar is None and time.monotonic() - self._last_line > 5.0):
+        if evaluated or record["step"] == self.steps or (self._bar is None and time.monotonic() - self._last_line > 5.0):
             self._last_line = time.monotonic()
             self.phase(f"step {record['step']}/{self.steps}  {text}")
 

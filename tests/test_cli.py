@@ -18,10 +18,11 @@ def script(name, *flags):
 QUICK = "--config=configs/quickstart.py:tiny"
 CASES = {
     "misspelt field": ([QUICK, "--config.rollout.bach_size=4"], ["bach_size", "batch_size"]),
+    "misspelt field of a block": ([QUICK, "--config.learner.learning_rat=1"], ["--config.learner.learning_rat=1", "learning_rate"]),
     "wrong type": ([QUICK, "--config.rollout.batch_size=many"], ["rollout.batch_size", "many"]),
     "out of range": ([QUICK, "--config.rollout.top_p=1.5"], ["rollout.top_p", "1.5", "at most 1"]),
     "missing config": (["--config=configs/nothing.py"], ["configs/nothing.py"]),
-    "unknown argument of a config": (["--config=configs/quickstart.py:gkd"], ["gkd", "opd"]),
+    "unknown argument of a config": (["--config=configs/quickstart.py:gkd"], ["config argument 'gkd' is not known", "opd"]),
     "no config": ([], ["config"]),
     "unknown flag": ([QUICK, "--cofnig.seed=1"], ["cofnig"]),
     "stray word": ([QUICK, "seed=1"], ["seed=1", "--name=value"]),

@@ -171,5 +171,7 @@ def test_refusals(arguments, words):
 
 
 def test_logits_of_different_shapes_are_refused():
-    with pytest.raises(ValueError, match=r"shapes \(1, 5, 7\) and \(1, 6, 9\); align them"):
+    with pytest.raises(ValueError, match=r"shapes \(1, 5, 7\) and \(1, 6, 9\), both must be"):
         divergence(jnp.zeros((1, 5, 7)), jnp.zeros((1, 6, 9)), kind="reverse_kl")
+    with pytest.raises(ValueError, match="both must be .B, T, V."):
+        divergence(jnp.zeros((5, 7)), jnp.zeros((5, 7)), kind="reverse_kl")

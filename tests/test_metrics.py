@@ -94,6 +94,7 @@ def test_progress_prints_evaluations_and_says_nothing_when_quiet(capsys):
         progress.phase("loading")
         progress.update({"step": 0, "eval/accuracy": 0.25})
         progress.update({"step": 1, "train/loss": 2.0})
+        progress.update({"step": 10, "train/loss": 1.0})
         progress.close()
         out = capsys.readouterr().out
-        assert out == ("" if quiet else "loading\nstep 0/10  eval accuracy 0.250\n")
+        assert out == ("" if quiet else "loading\nstep 0/10  eval accuracy 0.250\nstep 10/10  loss 1.0000\n")

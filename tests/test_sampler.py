@@ -125,6 +125,13 @@ def test_uniforms_depend_on_key_id_and_position_alone():
     assert ((base >= 0) & (base < 1)).all()
 
 
+def test_no_two_draws_of_a_step_share_their_uniform():
+    """Neither rollouts and positions that add up to the same, nor rollouts and positions that are exchanged."""
+    ids = jnp.arange(40, dtype=jnp.uint32)
+    grid = np.stack([sampler.uniforms(jax.random.key(0), ids, jnp.int32(position)) for position in range(40)])
+    assert len(np.unique(grid)) > 0.99 * grid.size  # 23 bits collide by chance now and then
+
+
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
 def test_uniforms_are_the_same_bits_on_eight_devices(shape):
     mesh = parallel.make_mesh(*shape)

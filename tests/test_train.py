@@ -14,8 +14,8 @@ import jax
 import numpy as np
 import pytest
 
+from opd_jax import checkpoint, metrics, model_io, train
 from opd_jax import config as config_lib
-from opd_jax import metrics, model_io, train
 from opd_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -112,6 +112,18 @@ def test_steps_may_grow_and_free_fields_may_change(teacher, tmp_path):
     assert_same_student(tmp_path / "grown", tmp_path / "whole")
 
 
+def test_a_run_continues_on_another_mesh(teacher, tmp_path):
+    c = opd_config(teacher)
+    whole = list(train.run(c, tmp_path / "whole"))
+    for record in train.run(c, tmp_path / "moved"):
+        if record["step"] == 2:
+            break
+    c.mesh.data, c.mesh.fsdp, c.mesh.tensor = 2, 2, 2
+    resumed = list(train.run(c, tmp_path / "moved"))
+    assert resumed[-1]["train/loss"] == pytest.approx(whole[-1]["train/loss"], rel=1e-4)
+    assert resumed[-1]["rollout/length"] == whole[-1]["rollout/length"]
+
+
 def test_another_config_is_refused_with_the_fields(teacher, tmp_path):
     list(train.run(opd_config(teacher, steps=1), tmp_path / "run"))
     other = opd_config(teacher)
@@ -142,8 +154,9 @@ def test_lost_checkpoints_are_never_a_silent_fresh_start(teacher, tmp_path):
 def test_a_loss_that_is_not_finite_stops_with_step_and_metric_and_keeps_the_state(teacher, tmp_path):
     c = opd_config(teacher)
     c.learner.learning_rate, c.learner.clip_norm, c.learner.warmup_steps = 1e30, 0.0, 0
-    with pytest.raises(FloatingPointError, match=r"step \d: train/\w+ is (nan|inf)"):
+    with pytest.raises(FloatingPointError, match=r"step \d: train/\w+ is (nan|inf)") as error:
         list(train.run(c, tmp_path / "run"))
+    assert checkpoint.newest_step(tmp_path / "run" / "checkpoints") == int(str(error.value).split()[1].rstrip(":")) - 1
     leaves = jax.tree.leaves(model_io.open_model(str(tmp_path / "run")).params)
     assert all(np.isfinite(np.asarray(leaf)).all() for leaf in leaves)
     steps = [record["step"] for record in metrics.read(tmp_path / "run" / "metrics.jsonl")]
@@ -286,7 +299,7 @@ def jsonl_config(teacher, path):
 
 
 def test_what_is_refused_leaves_the_workdir_as_it_was(teacher, tmp_path):
-    """A held-out prompt that is too long, a missing solution: found before anything is written, so that the remedy works in the same place."""
+    """A held-out prompt that is too long, a missing solution: found before anything is written, so that the remedy works in place."""
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "ab"}\n{"prompt": "cd", "solution": "e"}\n{"prompt": "' + "x" * 300 + '"}\n')
     c = jsonl_config(teacher, data)

@@ -44,8 +44,10 @@ def divergence(
         raise ValueError(f"k = {k!r} is for top-k supports; support = {support!r} takes none")
     if tail != "renormalise":
         raise ValueError(f"tail = {tail!r} is for top-k supports; support = {support!r} takes none")
-    if student_logits_BTV.shape != teacher_logits_BTV.shape:
-        raise ValueError(f"logits of student and teacher have shapes {student_logits_BTV.shape} and {teacher_logits_BTV.shape}; align them")
+    if student_logits_BTV.ndim != 3 or student_logits_BTV.shape != teacher_logits_BTV.shape:
+        raise ValueError(
+            f"logits of student and teacher have shapes {student_logits_BTV.shape} and {teacher_logits_BTV.shape}, both must be [B, T, V]"
+        )
     if support == "sampled" and tokens_BT is None:
         raise ValueError("support = 'sampled' needs tokens_BT, the tokens that the student drew")
     tokens_BT = jnp.zeros(student_logits_BTV.shape[:-1], jnp.int32) if tokens_BT is None else tokens_BT

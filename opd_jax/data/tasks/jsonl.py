@@ -39,7 +39,7 @@ def read(path: str, *, train_size: int, eval_size: int) -> Jsonl:
         raise UserError("config field task.path = '' must name a file of lines with `prompt` for task.name = 'jsonl'")
     try:
         content = pathlib.Path(path).read_bytes()
-        lines = content.decode("utf-8").split("\n")  # not at U+2028, which JSON allows in text
+        lines = content.decode("utf-8-sig").split("\n")  # not at U+2028, which JSON allows in text
     except UnicodeDecodeError as error:
         raise UserError(f"task.path = {path!r}: is not UTF-8 at byte {error.start}; convert the file") from None
     except OSError as error:
@@ -73,7 +73,7 @@ def _example(path: str, number: int, line: str, index: int) -> Example:
         raise UserError(f'{where}: has no `prompt` text; write {{"prompt": ...}}, optionally with answer and solution')
     for name in FIELDS[1:]:
         value = fields.get(name)
-        if value is not None and not isinstance(value, str | int | float):
+        if value is not None and (not isinstance(value, str | int | float) or isinstance(value, bool)):
             raise UserError(f"{where}: `{name}` is {type(value).__name__}, it must be text or a number")
     answer, solution = (None if fields.get(name) is None else str(fields[name]) for name in FIELDS[1:])
     for name, text in (("prompt", fields["prompt"]), ("answer", answer), ("solution", solution)):
