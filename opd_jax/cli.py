@@ -5,6 +5,7 @@ Exit status: 0 finished, 2 a user's mistake (one line on stderr), 143/130 after 
 
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -86,10 +87,11 @@ def _flag_message(error: Exception) -> str:
         return str(error).strip().splitlines()[-1].split("Error: ", 1)[-1]
     if isinstance(error, UserError | flags.Error):
         return str(error)
-    if isinstance(error, KeyError | AttributeError) and error.args:  # ml_collections: a field that does not exist
-        name = str(error.args[0]).split("'")[1] if "'" in str(error.args[0]) else ""
-        flag = next((argument for argument in sys.argv[1:] if name and name in argument), "config")
-        return f"{flag}: {error.args[0]}"
+    if isinstance(error, KeyError | AttributeError):  # ml_collections: a field that does not exist, quoted once or twice
+        text = re.sub(r"\\+n", " ", re.sub(r"\\+'", "'", str(error))).strip("'\"")
+        name = re.search(r"\w+", text)
+        flag = next((argument for argument in sys.argv[1:] if name and name[0] in argument), "--config")
+        return f"{flag}: there is no field {text}"
     return f"{type(error).__name__}: {error}"
 
 

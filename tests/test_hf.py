@@ -8,6 +8,7 @@ import tracemalloc
 import hf_oracle
 import jax
 import jax.numpy as jnp
+import models
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -89,6 +90,20 @@ def test_export_is_bit_identical_and_loads_in_transformers(case, tmp_path):
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     tokens_BL, mask_BL = hf_oracle.left_padded(2, 5, config.vocab_size)
     np.testing.assert_array_equal(hf_oracle.logits(loaded, tokens_BL, mask_BL), hf_oracle.logits(oracle, tokens_BL, mask_BL))
+
+
+def test_a_run_directory_says_how_to_become_a_folder(tmp_path):
+    (tmp_path / "model").mkdir()
+    for path in (tmp_path / "config.json", tmp_path / "model" / "config.json"):
+        path.write_text("{}")
+    with pytest.raises(UserError, match="is a run directory, not a Hugging Face folder; write one with experiments/export_hf.py"):
+        hf.load(tmp_path)
+
+
+def test_weights_may_be_read_by_whoever_may_read_the_config(tmp_path):
+    params, config = models.tiny_model()
+    hf.save(tmp_path, params, config)
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "config.json").stat().st_mode
 
 
 def test_a_tied_head_stays_tied(tmp_path):

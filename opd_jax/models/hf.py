@@ -97,6 +97,10 @@ def load(path_or_repo: str | pathlib.Path, *, mesh: Mesh | None = None, dtype=No
 def read_config(folder: pathlib.Path) -> ModelConfig:
     """The ModelConfig of `folder`/config.json. Raises UserError."""
     path = folder / "config.json"
+    if (folder / "model" / "config.json").is_file():
+        raise UserError(
+            f"{folder}: is a run directory, not a Hugging Face folder; write one with experiments/export_hf.py --workdir={folder} --out=DIR"
+        )
     return config_lib.from_hf(_read_json(path), where=str(path))
 
 
@@ -230,6 +234,7 @@ def _write_weights(folder: pathlib.Path, arrays: dict[str, jax.Array]) -> None:
         file = _SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         tensors = dict(_to_file(path, arrays[path]) for path in paths)
         safetensors.numpy.save_file(tensors, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod((folder / "config.json").stat().st_mode)  # safetensors writes files that nobody else may read
         weight_map |= dict.fromkeys(tensors, file)
     if len(groups) > 1:
         index = {"metadata": {"total_size": sum(a.nbytes for a in arrays.values())}, "weight_map": weight_map}
