@@ -89,9 +89,9 @@ def _flag_message(error: Exception) -> str:
         return str(error)
     if isinstance(error, KeyError | AttributeError):  # ml_collections: a field that does not exist, quoted once or twice
         text = re.sub(r"\\+n", " ", re.sub(r"\\+'", "'", str(error))).strip("'\"")
-        name = re.search(r"\w+", text)
-        flag = next((argument for argument in sys.argv[1:] if name and name[0] in argument), "--config")
-        return f"{flag}: there is no field {text}"
+        name, _, hint = text.partition("' ")
+        flag = next((argument for argument in sys.argv[1:] if name in argument), "--config")
+        return f"{flag}: there is no field {name!r}; {hint or 'opd_jax/config.py has them all'}"
     return f"{type(error).__name__}: {error}"
 
 

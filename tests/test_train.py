@@ -66,6 +66,7 @@ def test_records_files_and_names(teacher, tmp_path):
         for name in ("train/loss", "train/grad_norm", "train/reverse_kl", "train/log_ratio_mean", "rollout/length", "rollout/entropy"):
             assert math.isfinite(record[name])
         assert record["train/loss"] == pytest.approx(record["train/reverse_kl"], rel=1e-5)
+    assert sorted(entry.name for entry in (tmp_path / "run" / "checkpoints").iterdir()) == ["4", "5"]  # every 2, and the last
     evaluated = [record["step"] for record in records if "eval/accuracy" in record and "eval/reverse_kl" in record]
     assert evaluated == [0, 5]
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
