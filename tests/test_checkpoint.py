@@ -17,6 +17,8 @@ from opd_jax.checkpoint import Checkpoints
 from opd_jax.models import spec, transformer
 from opd_jax.types import UserError
 
+pytestmark = pytest.mark.slow
+
 OPTIMIZER = learner.make_optimizer(config.Learner(), 10)
 
 

@@ -15,6 +15,8 @@ from opd_jax import learner, objective, parallel
 from opd_jax.models import spec, transformer
 from opd_jax.types import view
 
+pytestmark = pytest.mark.slow
+
 LOSSES = {
     "reverse_kl": ("reverse_kl", "full", "token"),
     "forward_kl": ("forward_kl", "full", "token"),

@@ -15,6 +15,8 @@ from opd_jax.model_io import LoadedModel
 from opd_jax.models import hf, spec, transformer
 from opd_jax.types import UserError
 
+pytestmark = pytest.mark.slow
+
 
 def folder(path, seed=0, **changes):
     params, config = models.tiny_model(seed, **({"vocab_size": 259} | changes))

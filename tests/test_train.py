@@ -18,6 +18,8 @@ from opd_jax import checkpoint, metrics, model_io, train
 from opd_jax import config as config_lib
 from opd_jax.types import UserError
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CLOCK = ("time/", "per_second", "memory")
 
@@ -222,7 +224,6 @@ def interrupt_after(flags, workdir, records, signum=signal.SIGTERM):
     return process.returncode, errors, [record["step"] for record in metrics.read(path)]
 
 
-@pytest.mark.slow
 def test_sigterm_and_sigint_save_and_the_same_command_continues(teacher, tmp_path):
     flags = [
         "--config=configs/quickstart.py:sft,tiny",
@@ -241,7 +242,6 @@ def test_sigterm_and_sigint_save_and_the_same_command_continues(teacher, tmp_pat
     assert newest == steps[-1]
 
 
-@pytest.mark.slow
 def test_kill_at_any_moment_continues_bit_for_bit(teacher, tmp_path):
     c = opd_config(teacher)
     list(train.run(c, tmp_path / "whole"))
