@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,12 @@ class Pending:
     prompts: Batch
     completions: Rollout
     measured: dict
-    seconds: float
+    finished: Future  # -> the time when the device had finished it
+
+
+def _finish_time(measured: dict) -> float:
+    jax.block_until_ready(measured)
+    return time.perf_counter()
 
 
 class Recorder:
@@ -40,7 +46,8 @@ class Recorder:
         self._info = dict(job.info)
         self._progress = progress
         self._pending: Pending | None = None
-        self._clock = time.perf_counter()
+        self._clock = time.perf_counter()  # when the last step was finished
+        self._waiter = ThreadPoolExecutor(1)  # waits for the device, so that the loop need not
 
     def start(self) -> Iterator[dict]:
         """Saves the initial state, and evaluates it unless that is on record."""
@@ -56,12 +63,9 @@ class Recorder:
         last = step == config.steps
         evaluate = last or (config.eval.every > 0 and step % config.eval.every == 0)
         save = last or step % config.checkpoint.every == 0
-        if evaluate or save:
-            jax.block_until_ready(measured)
-        now = time.perf_counter()
-        seconds, self._clock = now - self._clock, now
+        finished = self._waiter.submit(_finish_time, measured)
         # Taken in before anything is yielded: whoever leaves the loop at a yield must not lose this step.
-        previous, self._pending = self._pending, Pending(step, prompts, completions, measured, seconds)
+        previous, self._pending = self._pending, Pending(step, prompts, completions, measured, finished)
         if previous is not None:
             yield self._complete(previous)
         if evaluate or save:
@@ -81,13 +85,16 @@ class Recorder:
             intact = not any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state))
             if intact and int(self.state.step) == self.step != self._saved_step:
                 self._save()
+            self._waiter.shutdown()
             self._progress.close()
 
     def _complete(self, pending: Pending, *, evaluate: bool = False) -> dict:
         record = {"step": pending.step, **self._train_metrics(pending.step, pending.measured), **self._rollout_metrics(pending)}
-        self._info["seconds"] += pending.seconds
-        record |= {"time/step_seconds": pending.seconds, "time/total_seconds": self._info["seconds"]}
-        record["rollout/tokens_per_second"] = record["train/tokens"] / pending.seconds
+        finished = pending.finished.result()
+        seconds, self._clock = finished - self._clock, finished
+        self._info["seconds"] += seconds
+        record |= {"time/step_seconds": seconds, "time/total_seconds": self._info["seconds"]}
+        record["rollout/tokens_per_second"] = record["train/tokens"] / seconds
         self.step = pending.step
         return self._write(record | (self._evaluation() if evaluate else {}))
 
