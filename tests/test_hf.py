@@ -165,6 +165,7 @@ def test_each_tensor_goes_straight_to_its_sharding(llama):
     assert params["layers"]["0"]["mlp"]["up"].addressable_shards[0].data.shape == (16, 24)
 
 
+@pytest.mark.slow
 def test_tensors_are_read_one_at_a_time(tmp_path):
     fields = hf_oracle.fields_of("llama-tied") | {"num_hidden_layers": 20, "hidden_size": 128, "intermediate_size": 256}
     config = model_config.from_hf(fields, where="test")
@@ -338,6 +339,7 @@ def test_published_models_have_their_parameter_count(shared_data, name):
     assert sum(leaf.size for leaf in jax.tree.leaves(abstract)) == spec.count(transformer.param_specs(config)) == PUBLISHED[name]
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 def test_a_real_model_tells_the_story_of_transformers(shared_data, tmp_path):
     folder = shared_data / "models" / "stories260K"

@@ -16,6 +16,8 @@ from opd_jax.models import config as model_config
 from opd_jax.models import hf, prune, transformer
 from opd_jax.types import UserError
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 

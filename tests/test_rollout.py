@@ -16,6 +16,8 @@ from opd_jax.data.tokenizer import byte
 from opd_jax.models import spec, transformer
 from opd_jax.types import Prompts, UserError
 
+pytestmark = pytest.mark.slow
+
 KEY = jax.random.key(3)
 
 

@@ -109,6 +109,7 @@ def value_offset(student, teacher, tokens_BT):
     return float(loss(tiled(T), *args) - loss(plain_loss, *args))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SIGNALS)
 def test_tiles_equal_the_dense_form_in_float32(name):
     student, teacher, tokens_BT = heads()
@@ -214,6 +215,7 @@ def longer_student(head):
     return Head(head.hidden_BTD, jnp.pad(head.unembed_DV, ((0, 0), (0, 2))), None, jnp.arange(V + 2) < 8)
 
 
+@pytest.mark.slow
 def test_bfloat16_heads_sum_in_float32():
     student, teacher, tokens_BT = heads(jnp.bfloat16, vocab=400, scale=0.3)
     wide = lambda head: Head(head.hidden_BTD.astype(jnp.float32), head.unembed_DV.astype(jnp.float32))

@@ -55,6 +55,7 @@ def test_fresh_parameters_follow_their_specs():
     assert not any(leaf.ndim >= 2 for path, leaf in jax.tree.leaves_with_path(params) if "bias" in str(path) or "norm" in str(path))
 
 
+@pytest.mark.slow
 def test_fresh_parameters_are_the_same_on_any_mesh():
     config = make()[1]
     one = transformer.init(jax.random.key(3), config)
@@ -97,6 +98,7 @@ def test_no_logit_sees_a_later_token_or_padding(length):
     np.testing.assert_array_equal(seen_L, (np.arange(length) <= place) & (np.arange(length) >= padding))
 
 
+@pytest.mark.slow
 def test_jit_equals_no_jit():
     params, config = make()
     tokens_BL, mask_BL = left_padded(3, 7, config)
@@ -121,6 +123,7 @@ def test_eight_devices_equal_one():
     assert cache.keys_BKLH[0].addressable_shards[0].data.shape[0] == 2  # rows lie over data and fsdp
 
 
+@pytest.mark.slow
 def test_rematerialisation_changes_memory_alone():
     params, config = make()
     tokens_BL, mask_BL = left_padded(3, 7, config)
