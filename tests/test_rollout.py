@@ -87,6 +87,14 @@ def test_eight_devices_draw_the_same_tokens(shape):
     same(eight, one)
 
 
+def test_golden_completions():
+    """Weights, prompts and draws are seeded: a change here changes every recorded figure."""
+    params, config, prompts = case(rows=3)
+    found = sample(params, config, prompts, max_new_tokens=6)
+    assert found.tokens_BT.tolist() == [[12, 7, 7, 0, 7, 15], [3, 3, 10, 6, 13, 13], [6, 12, 16, 8, 9, 7]]
+    np.testing.assert_allclose(found.logp_BT[0], [-3.3983, -2.3501, -1.8713, -2.9176, -2.1010, -2.7908], atol=1e-3)
+
+
 def test_the_key_and_the_id_change_the_draw():
     params, config, prompts = case()
     whole = sample(params, config, prompts)

@@ -125,6 +125,12 @@ def test_uniforms_depend_on_key_id_and_position_alone():
     assert ((base >= 0) & (base < 1)).all()
 
 
+def test_golden_uniforms():
+    """The same bits in every release: a run that is resumed after an upgrade draws what it would have drawn."""
+    found = sampler.uniforms(jax.random.key(0), jnp.array([0, 1, 2**32 - 1], jnp.uint32), jnp.int32(7))
+    assert found.tolist() == [0.13564205169677734, 0.014302492141723633, 0.31720900535583496]
+
+
 def test_no_two_draws_of_a_step_share_their_uniform():
     """Neither rollouts and positions that add up to the same, nor rollouts and positions that are exchanged."""
     ids = jnp.arange(40, dtype=jnp.uint32)

@@ -41,6 +41,11 @@ def test_arithmetic_solutions_verify_and_perturbed_ones_do_not():
             assert task.verify(example, example.solution + "0").reward == 0.0
 
 
+def test_golden_arithmetic_prompts():
+    prompts = [make().examples(split)[index].prompt for split in ("train", "eval") for index in (0, 1)]
+    assert prompts == ["865230001869=", "589538298002=", "668634792454=", "059436970711="]
+
+
 def test_arithmetic_splits_do_not_overlap_and_are_seeded():
     task = make(level=3)
     train = {task.examples("train")[i].prompt for i in range(2000)}
