@@ -317,8 +317,10 @@ def test_fields_that_cannot_be_honoured_are_refused_by_name(change, message):
 @pytest.mark.parametrize(
     "change", [{"residual_multiplier": None}, {"use_moe": False}, {"auto_map": {}}, {"sliding_window": None}, {"hidden_act": None}], ids=str
 )
-def test_fields_that_say_nothing_are_accepted(change):
-    model_config.from_hf(hf_oracle.fields_of("llama") | change, where="config.json")
+def test_fields_that_say_nothing_are_accepted_and_change_nothing(change):
+    plain = hf_oracle.fields_of("llama")
+    changed, same = (model_config.from_hf(fields, where="config.json") for fields in (plain | change, plain))
+    assert dataclasses.replace(changed, source=same.source) == same
 
 
 # ---- real models
