@@ -1,8 +1,8 @@
 """Every field of an experiment with its unit; ConfigDict -> frozen dataclasses, once; nothing below this file sees a ConfigDict.
 
 A file in `configs/` starts from `default()` (an ml_collections.ConfigDict that holds every field below), changes what it needs and returns
-it from `get_config(arg)`. The trainer turns it into a `Config` with `parse()`, which
-refuses unknown fields, wrong types and bad values.
+it from `get_config(arg)`. The trainer turns it into a `Config` with `parse()`, which refuses unknown
+fields, wrong types and bad values.
 """
 
 import dataclasses
@@ -293,7 +293,6 @@ def _check_range(flat: dict[str, Any]) -> None:
         "checkpoint.every",
         "log.samples",
         "task.level",
-        "task.eval_size",
         "student.init.hidden_size",
         "student.init.intermediate_size",
         "student.init.num_hidden_layers",

@@ -83,6 +83,12 @@ def test_refused_with_field_value_and_remedy(fields, message):
     assert "\n" not in str(error.value)
 
 
+def test_nothing_need_be_held_out():
+    assert config.parse(changed(task__eval_size=0)).task.eval_size == 0
+    with pytest.raises(ConfigError, match="task.eval_size = -1 must be 0 or more"):
+        config.parse(changed(task__eval_size=-1))
+
+
 def test_every_field_has_a_comment_with_its_meaning():
     text = pathlib.Path(config.__file__).read_text()
     for cls in vars(config).values():

@@ -325,6 +325,13 @@ def test_another_data_file_in_the_same_place_is_refused(teacher, tmp_path):
         next(train.run(jsonl_config(teacher, data), tmp_path / "run"))
 
 
+def test_without_held_out_prompts_there_is_no_evaluation_and_that_is_said(teacher, tmp_path, caplog):
+    c = opd_config(teacher, steps=1)
+    c.task.eval_size = 0
+    assert [record["step"] for record in train.run(c, tmp_path / "run")] == [1]
+    assert "holds no prompts out (task.eval_size = 0): there is no evaluation" in caplog.text
+
+
 def test_a_law_that_is_not_the_policy_is_said(teacher, tmp_path, caplog):
     c = opd_config(teacher, steps=1)
     next(train.run(c, tmp_path / "plain"))
