@@ -16,6 +16,7 @@ from ml_collections import config_flags
 
 from opd_jax import cli, config, job, metrics, model_io, parallel, train
 from opd_jax.data import tasks
+from opd_jax.pair import open_pair
 from opd_jax.types import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:arg]; --config.a.b=value changes a field.", lock_config=True)
@@ -39,13 +40,13 @@ def main(argv: list[str]) -> None:
     mesh = parallel.make_mesh(parsed.mesh.data, parsed.mesh.fsdp, parsed.mesh.tensor)
     parsed = job.run_recipes(parsed, functools.partial(train.make_model, progress=progress))
     progress.phase("loading student and teacher")
-    student, teacher = job.open_models(parsed, None, mesh)
-    evaluator = job.make_evaluator(job.fit_context(parsed, student, teacher), mesh, task, student, teacher)
+    pair = open_pair(parsed, None, mesh)
+    evaluator = job.make_evaluator(parsed, mesh, task, pair)
     if evaluator is None:
         raise UserError("the task holds no prompts out to evaluate on; raise task.eval_size, or give more data")
     progress.phase(f"evaluating on {len(evaluator.examples)} prompts")
     with jax.set_mesh(mesh):
-        values = evaluator(student.params)
+        values = evaluator(pair.student.params)
     progress.close()
     for name, value in values.items():
         print(f"{name:28} {value:.4f}")

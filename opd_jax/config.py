@@ -50,6 +50,19 @@ class Teacher:
 
 
 @dataclasses.dataclass(frozen=True)
+class Reader:
+    template: str = "none"  # none: the task's prompt as it is; chat: in the tokenizer's chat template; or a file with a Jinja chat template
+    system: str = ""  # system message of a chat template
+    thinking: str = ""  # on or off: the template's switch enable_thinking; empty: as the template has it
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    student: Reader = Reader()
+    teacher: Reader = Reader(template="student")  # student: the ids that the student reads; otherwise as above, with its own tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
 class Rollout:
     source: str = "student"  # who writes the completions: student (on-policy), teacher (SeqKD), dataset (SFT)
     batch_size: int = 64  # rollouts per step
@@ -60,6 +73,7 @@ class Rollout:
     temperature: float = 1.0  # of the sampling law; 0 is greedy
     top_p: float = 1.0  # nucleus mass kept by the sampling law; 1 keeps all
     top_k: int = 0  # tokens kept by the sampling law; 0 keeps all
+    stop: str = "same"  # stop tokens: same (the student's; a teacher with others is refused), or union (any of student's and teacher's)
     min_p: float = 0.0  # tokens kept have at least this share of the largest probability; 0 keeps all
 
 
@@ -149,6 +163,7 @@ class Config:
     cache_dir: str = "runs/cache"  # where the models of recipes are kept
     student: Student = Student()
     teacher: Teacher = Teacher()
+    context: Context = Context()
     rollout: Rollout = Rollout()
     signal: Signal = Signal()
     loss: Loss = Loss()
@@ -349,6 +364,7 @@ def validate(config: Config) -> None:
     _check_range(flatten(config))
     check_choice("rollout.source", config.rollout.source, ("student", "teacher", "dataset"))
     check_choice("rollout.overlong", config.rollout.overlong, ("refuse", "truncate"))
+    check_choice("rollout.stop", config.rollout.stop, ("same", "union"))
     check_choice("loss.normaliser", config.loss.normaliser, ("token_mean", "sequence_mean", "sequence_sum", "constant"))
     check_choice("learner.schedule", config.learner.schedule, ("constant", "linear", "cosine"))
     check_choice("model.compute_dtype", config.model.compute_dtype, ("float32", "bfloat16"))
@@ -370,6 +386,22 @@ def validate(config: Config) -> None:
     span = learner.decay_steps or config.steps
     _require(learner.warmup_steps <= span, "learner.warmup_steps", learner.warmup_steps, f"must be at most the schedule's {span} steps")
     _check_teacher(config)
+    _check_context(config)
+
+
+def _check_context(config: Config) -> None:
+    for name, reader in (("context.student", config.context.student), ("context.teacher", config.context.teacher)):
+        check_choice(f"{name}.thinking", reader.thinking, ("", "on", "off"))
+        chat = reader.template != "none" and (reader.template != "student" or name == "context.student")
+        for field in ("system", "thinking"):
+            value = getattr(reader, field)
+            _require(chat or not value, f"{name}.{field}", value, f"needs a chat template, but {name}.template = {reader.template!r}")
+        _require(
+            not chat or config.rollout.overlong == "refuse",
+            "rollout.overlong",
+            config.rollout.overlong,
+            f"must be 'refuse', because truncation would cut off the head of {name}.template = {reader.template!r}",
+        )
 
 
 def _check_teacher(config: Config) -> None:

@@ -34,8 +34,8 @@ class Evaluator:
     samples: int
     batch_size: int
     max_new_tokens: int
-    max_prompt_length: int
-    overlong: str
+    student_prompts: pipeline.Encoder
+    teacher_prompts: pipeline.Encoder | None  # None: the teacher reads what the student reads
     seed: int
     mesh: Mesh
 
@@ -62,46 +62,43 @@ class Evaluator:
         return metrics
 
     @functools.cached_property
-    def _teacher_rollouts(self) -> list[tuple[Prompts, Rollout, int]]:
+    def _teacher_rollouts(self) -> list[tuple[tuple[Prompts, Prompts], Rollout, int]]:
         """The same for every student: the teacher is frozen, and so are the prompts and the draws."""
         return self._sample(self.teacher.params, self.teacher.config, TEACHER)
 
     @functools.cached_property
-    def _prompts(self) -> Prompts:
-        """The held-out prompts, one row each. Raises UserError for one that does not fit."""
-        prompts, _ = pipeline.encode_prompts(
-            [example.prompt for example in self.examples],
-            self.student.tokenizer,
-            ids=[example.id for example in self.examples],
-            max_prompt_length=self.max_prompt_length,
-            overlong=self.overlong,
-        )
-        return prompts
+    def _prompts(self) -> tuple[Prompts, Prompts]:
+        """The held-out prompts, one row each, as student and teacher read them. Raises UserError for one that does not fit."""
+        texts, ids = [example.prompt for example in self.examples], [example.id for example in self.examples]
+        prompts, _ = self.student_prompts.encode(texts, ids)
+        return prompts, self.teacher_prompts.encode(texts, ids)[0] if self.teacher_prompts else prompts
 
     def check(self) -> None:
         """Refuses held-out prompts that cannot be used. Raises UserError."""
         self._prompts  # noqa: B018
 
-    def _batches(self, samples: int) -> Iterator[tuple[int, Prompts]]:
-        """(rows that count, Prompts of batch_size rows); the last batch is filled up with repeated rows, so that nothing recompiles."""
-        prompts = self._prompts
+    def _batches(self, samples: int) -> Iterator[tuple[int, tuple[Prompts, Prompts]]]:
+        """(rows that count, (student's, teacher's) Prompts of batch_size rows).
+
+        The last batch is filled up with repeated rows, so that nothing recompiles.
+        """
         total = len(self.examples) * samples
         for start in range(0, total, self.batch_size):
             row_B = np.minimum(np.arange(start, start + self.batch_size), total - 1)
             example_B = row_B // samples
-            rollout_id_B = (prompts.id_B[example_B] * samples + row_B % samples).astype(np.uint32)
-            yield min(self.batch_size, total - start), Prompts(prompts.tokens_BS[example_B], prompts.mask_BS[example_B], rollout_id_B)
+            rollout_id_B = (self._prompts[0].id_B[example_B] * samples + row_B % samples).astype(np.uint32)
+            rows = [Prompts(prompts.tokens_BS[example_B], prompts.mask_BS[example_B], rollout_id_B) for prompts in self._prompts]
+            yield min(self.batch_size, total - start), parallel.shard_batch(tuple(rows), self.mesh)
 
-    def _sample(self, params: dict, config: ModelConfig, purpose: int) -> list[tuple[Prompts, Rollout, int]]:
+    def _sample(self, params: dict, config: ModelConfig, purpose: int) -> list[tuple[tuple[Prompts, Prompts], Rollout, int]]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), 0xE7A1), purpose)
         greedy = purpose == GREEDY
         results = []
         for real, prompts in self._batches(1 if greedy else self.samples):
-            prompts = parallel.shard_batch(prompts, self.mesh)
             rollout = sample(
                 params,
                 config,
-                prompts,
+                prompts[purpose == TEACHER],
                 key=key,
                 max_new_tokens=self.max_new_tokens,
                 temperature=0.0 if greedy else 1.0,
@@ -133,10 +130,11 @@ class Evaluator:
 
 @functools.partial(jax.jit, static_argnames=("student_config", "teacher_config", "kind"))
 def _rollout_sums(params, teacher_params, prompts, rollout, student_config, teacher_config, kind):
-    student = transformer.hidden(params, student_config, view(prompts, rollout))
+    student_prompts, teacher_prompts = prompts
+    student = transformer.hidden(params, student_config, view(student_prompts, rollout))
     target, needs = None, {"entropy"}
     if teacher_config is not None:
-        target, needs = Target((transformer.hidden(teacher_params, teacher_config, view(prompts, rollout)),)), {"entropy", "local"}
+        target, needs = Target((transformer.hidden(teacher_params, teacher_config, view(teacher_prompts, rollout)),)), {"entropy", "local"}
     signal = Signal(kind=kind if target is not None else "nll")
     stats = token_stats(student, target, rollout.tokens_BT, signal=signal, needs=frozenset(needs))
     sums = {"tokens": rollout.mask_BT, "entropy": stats.entropy_BT} | ({"local": stats.local_BT} if target is not None else {})

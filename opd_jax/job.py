@@ -7,21 +7,19 @@ import os
 import pathlib
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from opd_jax import checkpoint, learner, metrics, model_io, parallel, rollout, teachers
 from opd_jax import config as config_lib
 from opd_jax import objective as objective_lib
-from opd_jax.config import Config, ConfigError
+from opd_jax.config import Config
 from opd_jax.data import tasks
-from opd_jax.data import tokenizer as tokenizer_lib
 from opd_jax.data.pipeline import CHECKED_AT_ONCE, Pipeline
 from opd_jax.evaluate import Evaluator
 from opd_jax.model_io import LoadedModel
-from opd_jax.models import config as model_config_lib
 from opd_jax.models import spec, transformer
+from opd_jax.pair import Pair, open_pair
 from opd_jax.types import TrainState, UserError
 
 log = logging.getLogger(__name__)
@@ -71,10 +69,10 @@ def setup(parsed: Config, workdir: str | os.PathLike, *, make_model: Callable[[s
     resumed = bool(checkpoints.steps())
     parsed = run_recipes(parsed, make_model, ("teacher",) if resumed else ("student", "teacher"))
     progress.phase("loading student and teacher")
-    student, teacher = open_models(parsed, workdir if resumed else None, mesh)
-    parsed = fit_context(parsed, student, teacher)
-    pipeline = _make_pipeline(parsed, task, student.tokenizer)
-    evaluate = make_evaluator(parsed, mesh, task, student, teacher)
+    pair = open_pair(parsed, workdir if resumed else None, mesh)
+    student, teacher = pair.student, pair.teacher
+    pipeline = _make_pipeline(parsed, task, pair)
+    evaluate = make_evaluator(parsed, mesh, task, pair)
     identity = {"teacher_hash": teachers.content_hash(teacher.params) if teacher else "", "data_hash": task.digest}
     if resumed:
         state, step, info = _restore(checkpoints, student, optimizer, mesh, identity, parsed)
@@ -172,64 +170,16 @@ def run_recipes(config: Config, make_model: Callable[[str, str], str], blocks: t
     return config
 
 
-def open_models(config: Config, resumed_from: pathlib.Path | None, mesh: Mesh) -> tuple[LoadedModel, LoadedModel | None]:
-    """Student and teacher with their vocabularies' padding rows masked. A resumed student comes without parameters."""
-    if resumed_from is not None:
-        student = model_io.read_description(resumed_from)
-    elif config.student.path:
-        student = model_io.open_model(config.student.path, mesh=mesh, dtype=jnp.float32)
-    else:
-        student = _random_student(config, mesh)
-    compute = {"compute_dtype": config.model.compute_dtype}
-    student = _prepare(student, student.tokenizer, "student.path", remat=config.model.remat, **compute)
-    if not config.teacher.path:
-        return student, None
-    dtype = jnp.dtype(config.model.compute_dtype)
-    teacher = teachers.open_teacher(config.teacher.path, student.tokenizer, mesh=mesh, dtype=dtype)
-    return student, _prepare(teacher, student.tokenizer, "teacher.path", **compute)
-
-
-def _prepare(model: LoadedModel, tokenizer: tokenizer_lib.Tokenizer, field: str, **settings) -> LoadedModel:
-    model = teachers.mask_padding(model, tokenizer, field=field)
-    return dataclasses.replace(model, config=dataclasses.replace(model.config, **settings))
-
-
-def _random_student(config: Config, mesh: Mesh) -> LoadedModel:
-    tokenizer = tokenizer_lib.load(config.student.tokenizer)
-    shape = config.student.init
-    fields = dataclasses.asdict(shape) | {
-        "head_dim": shape.head_dim or shape.hidden_size // shape.num_attention_heads,
-        "vocab_size": tokenizer.vocab_size,
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": list(tokenizer.eos_ids),
-        "pad_token_id": tokenizer.pad_id,
-    }
-    model_config = model_config_lib.from_hf(fields, where="student.init")
-    key = jax.random.fold_in(jax.random.key(config.seed), 0x1A17)
-    return LoadedModel(transformer.init(key, model_config, mesh=mesh), model_config, tokenizer)
-
-
-def fit_context(config: Config, student: LoadedModel, teacher: LoadedModel | None) -> Config:
-    """Lowers rollout.max_prompt_length to what the models' contexts leave room for."""
-    context = min(m.config.max_position_embeddings for m in (student, teacher) if m is not None)
-    new = config.rollout.max_new_tokens
-    if new >= context:
-        raise ConfigError(f"config field rollout.max_new_tokens = {new} must be below the context of the models, {context} tokens")
-    limit = min(config.rollout.max_prompt_length, context - new)
-    return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, max_prompt_length=limit))
-
-
-def _make_pipeline(config: Config, task: tasks.Task, tokenizer: tokenizer_lib.Tokenizer) -> Pipeline:
+def _make_pipeline(config: Config, task: tasks.Task, pair: Pair) -> Pipeline:
     """Raises UserError for examples that cannot be used; a very long task is checked in its first batch."""
     examples = task.examples("train")
     pipeline = Pipeline(
         examples,
-        tokenizer,
+        pair.student_prompts,
+        pair.teacher_prompts,
         prompts_per_step=config.rollout.batch_size // config.rollout.group_size,
         group_size=config.rollout.group_size,
         seed=config.seed,
-        max_prompt_length=config.rollout.max_prompt_length,
-        overlong=config.rollout.overlong,
     )
     first = pipeline.batch(0).examples
     if config.rollout.source == "dataset":
@@ -266,7 +216,7 @@ def _restore(checkpoints, student, optimizer, mesh, identity: dict, config: Conf
     return state, step, info
 
 
-def make_evaluator(config: Config, mesh: Mesh, task: tasks.Task, student: LoadedModel, teacher: LoadedModel | None) -> Evaluator | None:
+def make_evaluator(config: Config, mesh: Mesh, task: tasks.Task, pair: Pair) -> Evaluator | None:
     """None where nothing is held out or asked for."""
     held_out = task.examples("eval")
     if config.eval.prompts and not len(held_out):
@@ -274,15 +224,15 @@ def make_evaluator(config: Config, mesh: Mesh, task: tasks.Task, student: Loaded
     if not config.eval.prompts or not len(held_out):
         return None
     evaluator = Evaluator(
-        student=student,
-        teacher=teacher,
+        student=pair.student,
+        teacher=pair.teacher,
         task=task,
         examples=[held_out[i] for i in range(min(config.eval.prompts, len(held_out)))],
         samples=config.eval.samples,
         batch_size=config.eval.batch_size,
         max_new_tokens=config.rollout.max_new_tokens,
-        max_prompt_length=config.rollout.max_prompt_length,
-        overlong=config.rollout.overlong,
+        student_prompts=pair.student_prompts,
+        teacher_prompts=pair.teacher_prompts,
         seed=config.seed,
         mesh=mesh,
     )

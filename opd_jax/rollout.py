@@ -77,10 +77,9 @@ def make_source(
     """The rollout source of a config. Call it under `jax.set_mesh(mesh)`."""
     law = {name: getattr(settings, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "min_p")}
 
-    def sampled(model_config: ModelConfig, params: dict, batch: pipeline.Batch, step: int) -> Rollout:
+    def sampled(model_config: ModelConfig, params: dict, prompts: Prompts, step: int) -> Rollout:
         key = jax.random.fold_in(jax.random.key(seed), step)
-        prompts = parallel.shard_batch(batch.prompts, mesh)
-        return sample(params, model_config, prompts, key=key, stop_ids=tokenizer.eos_ids, **law)
+        return sample(params, model_config, parallel.shard_batch(prompts, mesh), key=key, stop_ids=tokenizer.eos_ids, **law)
 
     def dataset(_, __, batch: pipeline.Batch, step: int) -> Rollout:
         check_solutions(batch.examples)
@@ -90,7 +89,7 @@ def make_source(
         return from_completions(*arrays)
 
     return {
-        "student": lambda params, _, batch, step: sampled(student, params, batch, step),
-        "teacher": lambda _, params, batch, step: sampled(teacher, params, batch, step),
+        "student": lambda params, _, batch, step: sampled(student, params, batch.prompts, step),
+        "teacher": lambda _, params, batch, step: sampled(teacher, params, batch.teacher_prompts, step),
         "dataset": dataset,
     }[settings.source]

@@ -1,23 +1,14 @@
-"""The teacher: its parameters, how it reads a rollout, and the hash by which a resumed run recognises it."""
+"""The teacher: the rows of its vocabulary that count, and the hash by which a resumed run recognises it."""
 
 import dataclasses
 import hashlib
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from opd_jax import model_io
 from opd_jax.data import tokenizer as tokenizer_lib
 from opd_jax.model_io import LoadedModel
 from opd_jax.types import UserError
-
-
-def open_teacher(path: str, student_tokenizer: tokenizer_lib.Tokenizer, *, mesh: Mesh, dtype) -> LoadedModel:
-    """Loads a frozen teacher. Raises UserError when its tokenizer gives other ids than the student's."""
-    teacher = model_io.open_model(path, mesh=mesh, dtype=dtype)
-    tokenizer_lib.check_compatible(student_tokenizer, teacher.tokenizer)
-    return teacher
 
 
 def mask_padding(model: LoadedModel, tokenizer: tokenizer_lib.Tokenizer, *, field: str) -> LoadedModel:

@@ -49,10 +49,10 @@ def run(config, workdir, *, stop: StopRequest | None = None, progress: Progress 
 
 def make_batch(job: Job, prompts: Batch, completions: Rollout) -> learner.Batch:
     """What student and teacher read for these completions, and what looks across rows."""
-    rows = parallel.shard_batch(prompts.prompts, job.mesh)
+    student, teacher = parallel.shard_batch((prompts.prompts, prompts.teacher_prompts), job.mesh)
     context = Context(mask_BT=completions.mask_BT, behaviour_logp_BT=completions.behaviour_logp_BT)
-    teacher_view = view(rows, completions) if job.objective.has_teacher else None
-    return learner.place(job.mesh, learner.make_batch(job.objective, view(rows, completions), teacher_view, context))
+    teacher_view = view(teacher, completions) if job.objective.has_teacher else None
+    return learner.place(job.mesh, learner.make_batch(job.objective, view(student, completions), teacher_view, context))
 
 
 def make_model(recipe: str, cache_dir: str, *, stop: StopRequest | None = None, progress: Progress | None = None) -> str:

@@ -24,6 +24,7 @@ rollout
 checkpoint
 model_io
 teachers
+pair
 objective
 learner
 metrics

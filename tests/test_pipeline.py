@@ -14,8 +14,9 @@ def examples(count, length=lambda i: 3 + i % 5):
 
 
 def make(data=None, **changes):
-    settings = {"prompts_per_step": 4, "group_size": 2, "seed": 0, "max_prompt_length": 32}
-    return lib.Pipeline(examples(20) if data is None else data, byte(), **(settings | changes))
+    settings = {"prompts_per_step": 4, "group_size": 2, "seed": 0}
+    encoder = lib.Encoder(byte(), changes.pop("max_prompt_length", 32), changes.pop("overlong", "refuse"))
+    return lib.Pipeline(examples(20) if data is None else data, encoder, **(settings | changes))
 
 
 def equal(a, b):

@@ -211,7 +211,7 @@ def source_case(source, **changes):
     mesh = parallel.make_mesh()
     made = rollout.make_source(settings, tokenizer=byte(), student=student[1], teacher=teacher[1], seed=0, mesh=mesh)
     examples = [Example(0, "ab=", "cd", "cd"), Example(1, "x=", "a long answer", "y")]
-    batch = pipeline.Pipeline(examples, byte(), prompts_per_step=2, group_size=2, seed=0, max_prompt_length=32).batch(0)
+    batch = pipeline.Pipeline(examples, pipeline.Encoder(byte(), 32, "refuse"), prompts_per_step=2, group_size=2, seed=0).batch(0)
     with jax.set_mesh(mesh):
         return made(student[0], teacher[0], batch, 5), student, teacher, batch
 
@@ -245,6 +245,6 @@ def test_a_data_set_without_solutions_is_refused():
         seed=0,
         mesh=parallel.make_mesh(),
     )
-    batch = pipeline.Pipeline([Example(0, "ab")], byte(), prompts_per_step=1, group_size=1, seed=0, max_prompt_length=32).batch(0)
+    batch = pipeline.Pipeline([Example(0, "ab")], pipeline.Encoder(byte(), 32, "refuse"), prompts_per_step=1, group_size=1, seed=0).batch(0)
     with pytest.raises(UserError, match="the example with prompt 'ab' has no solution to learn from"):
         made({}, None, batch, 0)

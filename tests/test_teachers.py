@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from opd_jax import config as config_lib
-from opd_jax import model_io, parallel, teachers, train
+from opd_jax import model_io, pair, parallel, teachers, train
 from opd_jax.data import tokenizer
 from opd_jax.model_io import LoadedModel
 from opd_jax.models import hf, spec, transformer
@@ -66,12 +66,16 @@ def test_a_broken_description_of_a_run_is_named(tmp_path):
 
 
 def test_a_teacher_with_another_tokenizer_is_refused(tmp_path):
-    folder(tmp_path / "m")
-    student = tokenizer.byte()
-    assert teachers.open_teacher(str(tmp_path / "m"), student, mesh=parallel.make_mesh(), dtype=jnp.float32).config.vocab_size == 259
-    stops = tokenizer.Tokenizer(student._fast, eos_ids=[5], adds_bos=False)
+    folder(tmp_path / "s")
+    params, config = models.tiny_model(vocab_size=259)
+    hf.save(tmp_path / "t", params, config, tokenizer.byte().stopping_at([5]))
+    c = config_lib.default()
+    c.student.path, c.teacher.path = str(tmp_path / "s"), str(tmp_path / "s")
+    c.rollout.max_new_tokens = 4
+    assert pair.open_pair(config_lib.parse(c), None, parallel.make_mesh()).teacher.config.vocab_size == 259
+    c.teacher.path = str(tmp_path / "t")
     with pytest.raises(UserError, match="stop ids"):
-        teachers.open_teacher(str(tmp_path / "m"), stops, mesh=parallel.make_mesh(), dtype=jnp.float32)
+        pair.open_pair(config_lib.parse(c), None, parallel.make_mesh())
 
 
 def test_padding_rows_are_masked_and_missing_rows_refused():

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
+from opd_jax.data.contexts import Reader
 from opd_jax.data.tasks import Example
 from opd_jax.data.tokenizer import Tokenizer
 from opd_jax.types import Prompts, UserError
@@ -18,11 +19,29 @@ CHECKED_AT_ONCE = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
+class Encoder:
+    """Prompts of one model: how it reads them, and how long they may be."""
+
+    reader: Tokenizer | Reader
+    max_prompt_length: int  # tokens
+    overlong: str  # refuse or truncate
+
+    def encode(self, texts: Sequence[str], ids: Sequence[int]) -> tuple[Prompts, int]:
+        """See encode_prompts."""
+        return encode_prompts(texts, self.reader, ids=ids, max_prompt_length=self.max_prompt_length, overlong=self.overlong)
+
+    def check(self, text: str) -> None:
+        """Raises UserError for a prompt that cannot be used."""
+        encode_prompt(text, self.reader, max_prompt_length=self.max_prompt_length, overlong=self.overlong)
+
+
+@dataclasses.dataclass(frozen=True)
 class Batch:
     """The prompts of one step, as NumPy arrays: each example's prompt stands in `group_size` rows that follow each other."""
 
     examples: list[Example]  # P
-    prompts: Prompts  # B = P * G rows
+    prompts: Prompts  # B = P * G rows, as the student reads them
+    teacher_prompts: Prompts  # as the teacher reads them; the same object where it reads what the student reads
     truncated: int  # prompts that lost their first tokens
 
 
@@ -32,13 +51,12 @@ class Pipeline:
     def __init__(
         self,
         examples: Sequence[Example],
-        tokenizer: Tokenizer,
+        student: Encoder,
+        teacher: Encoder | None = None,
         *,
         prompts_per_step: int,
         group_size: int,
         seed: int,
-        max_prompt_length: int,
-        overlong: str = "refuse",
         process_index: int = 0,
         process_count: int = 1,
     ):
@@ -48,14 +66,14 @@ class Pipeline:
             raise UserError(
                 f"{prompts_per_step} prompts per step cannot be split over {process_count} processes; change rollout.batch_size"
             )
-        self._tokenizer, self._group_size = tokenizer, group_size
-        self._limits = {"max_prompt_length": max_prompt_length, "overlong": overlong}
+        self._student, self._teacher, self._group_size = student, teacher, group_size
         self._per_step, self._process = prompts_per_step, (process_index, process_count)
         self._size = len(examples)
         self._order = grain.MapDataset.source(examples).seed(seed).shuffle().repeat()
         if len(examples) <= CHECKED_AT_ONCE:
             for example in examples:
-                encode_prompt(example.prompt, tokenizer, **self._limits)
+                for encoder in filter(None, (student, teacher)):
+                    encoder.check(example.prompt)
 
     def batch(self, step: int) -> Batch:
         """The batch of update number `step` (from 0)."""
@@ -67,8 +85,9 @@ class Pipeline:
         ids = [(example.id + self._size * seen) for example, seen in zip(examples, occurrences, strict=True)]
         rollout_ids = [i * self._group_size + g for i in ids[mine] for g in range(self._group_size)]
         rows = [example.prompt for example in examples[mine] for _ in range(self._group_size)]
-        prompts, truncated = encode_prompts(rows, self._tokenizer, ids=rollout_ids, **self._limits)
-        return Batch(examples[mine], prompts, truncated // self._group_size)
+        prompts, truncated = self._student.encode(rows, rollout_ids)
+        teacher_prompts, more = self._teacher.encode(rows, rollout_ids) if self._teacher else (prompts, 0)
+        return Batch(examples[mine], prompts, teacher_prompts, max(truncated, more) // self._group_size)
 
 
 def _occurrences(ids: list[int]) -> list[int]:
@@ -80,7 +99,7 @@ def _occurrences(ids: list[int]) -> list[int]:
     return counts
 
 
-def encode_prompt(text: str, tokenizer: Tokenizer, *, max_prompt_length: int, overlong: str) -> tuple[list[int], bool]:
+def encode_prompt(text: str, tokenizer: Tokenizer | Reader, *, max_prompt_length: int, overlong: str) -> tuple[list[int], bool]:
     """(ids of a prompt, whether it was truncated). One beyond the limit is refused, or loses its first tokens. Raises UserError."""
     ids = tokenizer.encode_prompt(text)
     if not ids:
@@ -90,7 +109,7 @@ def encode_prompt(text: str, tokenizer: Tokenizer, *, max_prompt_length: int, ov
     if len(ids) > max_prompt_length:
         if overlong == "refuse":
             raise UserError(
-                f"a prompt has {len(ids)} tokens, at most {max_prompt_length} fit (rollout.max_prompt_length, and the models' context less "
+                f"a prompt has {len(ids)} tokens, at most {max_prompt_length} fit (rollout.max_prompt_length, and the model's context less "
                 f"rollout.max_new_tokens): {text[:40]!r}...; raise the limit, or set rollout.overlong=truncate"
             )
         return ids[-max_prompt_length:], True
@@ -98,7 +117,7 @@ def encode_prompt(text: str, tokenizer: Tokenizer, *, max_prompt_length: int, ov
 
 
 def encode_prompts(
-    texts: Sequence[str], tokenizer: Tokenizer, *, ids: Sequence[int], max_prompt_length: int, overlong: str
+    texts: Sequence[str], tokenizer: Tokenizer | Reader, *, ids: Sequence[int], max_prompt_length: int, overlong: str
 ) -> tuple[Prompts, int]:
     """(left-padded Prompts as NumPy arrays, how many were truncated). The width is a multiple of BUCKET; `ids` are the rollouts' ids."""
     rows, cut = zip(

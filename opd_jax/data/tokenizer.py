@@ -44,6 +44,24 @@ class Tokenizer:
         """Ids of a text at the beginning of a sequence: with bos where this tokenizer begins sequences with it."""
         return ([self.bos_id] if self.adds_bos else []) + self._encode(text)
 
+    def encode_rendered(self, text: str) -> list[int]:
+        """Ids of a rendered chat template, in which every special token is spelled out."""
+        return self._encode(text)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja text of the tokenizer's own chat template (of several, the one named default)."""
+        template = self._fast.chat_template
+        return template.get("default") if isinstance(template, dict) else template
+
+    def render_chat(self, messages: list[dict[str, str]], template: str, **variables) -> str:
+        """The text of a conversation up to where the assistant's answer begins. transformers renders it in Jinja's sandbox."""
+        return self._fast.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True, **variables)
+
+    def special_tokens(self) -> list[str]:
+        """Every token that is not made by splitting text: the special ones and those added to the vocabulary."""
+        return sorted({*self._fast.all_special_tokens, *self._fast.get_added_vocab()})
+
     def _encode(self, text: str) -> list[int]:
         return self._fast.encode(text, add_special_tokens=False)
 
@@ -73,6 +91,10 @@ class Tokenizer:
         ids = {"bos_token_id": self.bos_id, "eos_token_id": eos, "pad_token_id": self.pad_id}
         (folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
 
+    def stopping_at(self, ids: Iterable[int]) -> "Tokenizer":
+        """The same tokenizer with other stop ids."""
+        return Tokenizer(self._fast, eos_ids=ids, adds_bos=self.adds_bos)
+
     def fingerprint(self) -> str:
         """Hex digest of the vocabulary, the special ids and the encodings of PROBES."""
         facts = [sorted(self.vocabulary().items()), self.eos_ids, self.bos_id, self.adds_bos, [self.encode(text) for text in PROBES]]
@@ -87,7 +109,10 @@ def load(path_or_repo: str) -> Tokenizer:
 
     folder = hf.local_folder(path_or_repo)
     try:
-        fast = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if _is_bare_gpt2(folder):
+            fast = transformers.GPT2TokenizerFast.from_pretrained(folder)
+        else:
+            fast = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers, huggingface_hub and tokenizers raise many types for a folder they cannot read
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"tokenizer {path_or_repo}: cannot be loaded ({reason}); give a folder with tokenizer.json") from None
@@ -96,6 +121,12 @@ def load(path_or_repo: str) -> Tokenizer:
     said = settings.get("add_bos_token")
     adds_bos = fast.bos_token_id is not None and bool(begins if said is None else said)
     return Tokenizer(fast, eos_ids=_stop_ids(folder, fast), adds_bos=adds_bos)
+
+
+def _is_bare_gpt2(folder: pathlib.Path) -> bool:
+    """Whether a folder holds nothing but GPT-2's two files, which name no tokenizer class."""
+    others = ("tokenizer.json", "tokenizer_config.json", "config.json")
+    return all((folder / name).is_file() for name in ("vocab.json", "merges.txt")) and not any((folder / name).exists() for name in others)
 
 
 def _stop_ids(folder: pathlib.Path, fast: Any) -> list[int]:
@@ -140,16 +171,15 @@ def _byte_characters() -> list[str]:
     return [chr(i) if i in printable else chr(next(others)) for i in range(256)]
 
 
-def check_compatible(student: Tokenizer, teacher: Tokenizer) -> None:
-    """Refuses a teacher whose ids mean something else than the student's. The sizes of padded vocabularies are not compared."""
-    ours, theirs = student.vocabulary(), teacher.vocabulary()
-    for token, index in ours.items():
-        if theirs.get(token, index) != index:
-            raise UserError(
-                f"teacher.path: its tokenizer gives token {token!r} the id {theirs[token]}, the student's gives {index}; "
-                "distillation by token ids needs one tokenizer: choose a teacher of the student's family"
-            )
-    for text in PROBES:
+def check_compatible(student: Tokenizer, teacher: Tokenizer, *, same_prompts: bool = True, texts: Iterable[str] = ()) -> None:
+    """Refuses a teacher for whom ids mean something else than for the student. Raises UserError.
+
+    Compared are every id of the student's vocabulary, the ids of PROBES, of its special tokens within text and of `texts`, how prompts begin
+    (`same_prompts`), and the stop ids. The teacher may know more ids; sizes of padded vocabularies are not compared.
+    """
+    _check_vocabulary(student.vocabulary(), teacher.vocabulary())
+    specials = "".join(f"x{token}x {token} x" for token in student.special_tokens())
+    for text in (*PROBES, specials, *texts):
         a, b = student.encode(text), teacher.encode(text)
         if a != b:
             at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
@@ -157,13 +187,31 @@ def check_compatible(student: Tokenizer, teacher: Tokenizer) -> None:
                 f"teacher.path: its tokenizer splits {text[:40]!r} differently from token {at} ({b[at : at + 3]}, not {a[at : at + 3]}), "
                 "choose a teacher of the student's family"
             )
-    if student.encode_prompt("a") != teacher.encode_prompt("a"):
+    if same_prompts and student.encode_prompt("a") != teacher.encode_prompt("a"):
         raise UserError(
             f"teacher.path: its prompts begin with {teacher.encode_prompt('a')[:2]}, the student's with {student.encode_prompt('a')[:2]}; "
             "make add_bos_token agree in tokenizer_config.json"
         )
-    if not set(student.eos_ids) & set(teacher.eos_ids) and (student.eos_ids or teacher.eos_ids):
+    if set(student.eos_ids) != set(teacher.eos_ids):
         raise UserError(
-            f"teacher.path: its stop ids {teacher.eos_ids} and the student's {student.eos_ids} have none in common, so neither would learn "
-            "when to stop; choose a teacher of the student's family, or make eos_token_id agree in generation_config.json"
+            f"teacher.path: its stop ids {sorted(teacher.eos_ids)} are not the student's {sorted(student.eos_ids)}, so the student "
+            "would not stop where the teacher does; set rollout.stop=union to stop at any of them, or make eos_token_id agree in "
+            "generation_config.json"
         )
+
+
+def _check_vocabulary(ours: dict[str, int], theirs: dict[str, int]) -> None:
+    """Every token of the student has the same id at the teacher, and every id up to the student's last is the same token."""
+    token_of = {index: token for token, index in theirs.items()}
+    for token, index in sorted(ours.items(), key=lambda item: item[1]):
+        if theirs.get(token, index) != index:
+            raise UserError(
+                f"teacher.path: its tokenizer gives token {token!r} the id {theirs[token]}, the student's gives {index}; "
+                "distillation by token ids needs one tokenizer: choose a teacher of the student's family"
+            )
+        if token_of.get(index) != token:
+            known = f"is {token_of[index]!r} to" if index in token_of else "is unknown to"
+            raise UserError(
+                f"teacher.path: the student's token {token!r} (id {index}) {known} the teacher's tokenizer; "
+                "distillation by token ids needs one tokenizer: choose a teacher of the student's family"
+            )

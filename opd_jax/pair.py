@@ -1,0 +1,88 @@
+"""Student and teacher of a run: opened, made to fit each other, and how each of them reads prompts."""
+
+import dataclasses
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from opd_jax import model_io, teachers
+from opd_jax.config import Config, ConfigError
+from opd_jax.data import contexts
+from opd_jax.data import tokenizer as tokenizer_lib
+from opd_jax.data.pipeline import Encoder
+from opd_jax.model_io import LoadedModel
+from opd_jax.models import config as model_config_lib
+from opd_jax.models import transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    student: LoadedModel
+    teacher: LoadedModel | None
+    student_prompts: Encoder
+    teacher_prompts: Encoder | None  # None: the teacher reads what the student reads
+
+
+def open_pair(config: Config, resumed_from: pathlib.Path | None, mesh: Mesh) -> Pair:
+    """Loads both models and masks the padding rows of their vocabularies. A resumed student comes without parameters.
+
+    Raises UserError for a model, tokenizer or template that cannot be used, and for a teacher whose ids are not the student's.
+    """
+    if resumed_from is not None:
+        student = model_io.read_description(resumed_from)
+    elif config.student.path:
+        student = model_io.open_model(config.student.path, mesh=mesh, dtype=jnp.float32)
+    else:
+        student = _random_student(config, mesh)
+    teacher = None
+    if config.teacher.path:
+        teacher = model_io.open_model(config.teacher.path, mesh=mesh, dtype=jnp.dtype(config.model.compute_dtype))
+    if teacher is not None and config.rollout.stop == "union":
+        student, teacher = _share_stops(student, teacher)
+    encoders = _make_encoders(config, student, teacher)
+    compute = {"compute_dtype": config.model.compute_dtype}
+    prepared = _prepare(student, student.tokenizer, "student.path", remat=config.model.remat, **compute)
+    return Pair(prepared, teacher and _prepare(teacher, student.tokenizer, "teacher.path", **compute), *encoders)
+
+
+def _share_stops(*models: LoadedModel) -> tuple[LoadedModel, ...]:
+    """Models whose completions end at the stop token of any of them."""
+    ids = dict.fromkeys(i for model in models for i in model.tokenizer.eos_ids)
+    return tuple(dataclasses.replace(model, tokenizer=model.tokenizer.stopping_at(ids)) for model in models)
+
+
+def _prepare(model: LoadedModel, tokenizer: tokenizer_lib.Tokenizer, field: str, **settings) -> LoadedModel:
+    model = teachers.mask_padding(model, tokenizer, field=field)
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, **settings))
+
+
+def _random_student(config: Config, mesh: Mesh) -> LoadedModel:
+    tokenizer = tokenizer_lib.load(config.student.tokenizer)
+    shape = config.student.init
+    fields = dataclasses.asdict(shape) | {
+        "head_dim": shape.head_dim or shape.hidden_size // shape.num_attention_heads,
+        "vocab_size": tokenizer.vocab_size,
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": list(tokenizer.eos_ids),
+        "pad_token_id": tokenizer.pad_id,
+    }
+    model_config = model_config_lib.from_hf(fields, where="student.init")
+    key = jax.random.fold_in(jax.random.key(config.seed), 0x1A17)
+    return LoadedModel(transformer.init(key, model_config, mesh=mesh), model_config, tokenizer)
+
+
+def _make_encoders(config: Config, student: LoadedModel, teacher: LoadedModel | None) -> tuple[Encoder, Encoder | None]:
+    """How student and teacher read prompts; None for a teacher that reads what the student reads. Raises UserError."""
+    readers = contexts.make_readers(config.context, student.tokenizer, teacher.tokenizer if teacher else None)
+    new, overlong = config.rollout.max_new_tokens, config.rollout.overlong
+    room, teacher_room = ((model.config.max_position_embeddings if model else math.inf) - new for model in (student, teacher))
+    if min(room, teacher_room) < 1:
+        context = min(room, teacher_room) + new
+        raise ConfigError(f"config field rollout.max_new_tokens = {new} must be below the context of the models, {context} tokens")
+    if readers[1] is None:
+        room = min(room, teacher_room)
+    own = Encoder(readers[0], min(config.rollout.max_prompt_length, room), overlong)
+    return own, Encoder(readers[1], teacher_room, overlong) if readers[1] else None
