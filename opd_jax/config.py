@@ -36,10 +36,18 @@ class Architecture:
 
 
 @dataclasses.dataclass(frozen=True)
+class Lora:
+    rank: int = 0  # of the update W + alpha / rank * B A that is trained in place of the weights; 0: all weights are trained
+    alpha: float = 32.0  # scale of the update, divided by the rank
+    targets: str = "all"  # projections that are adapted: all, or some of q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj
+
+
+@dataclasses.dataclass(frozen=True)
 class Student:
     path: str = ""  # Hugging Face folder or hub id, or a run directory; empty: see `recipe`, then `init`
     recipe: str = ""  # without a path: configs/FILE.py[:arg] of a run that makes the student on first use (kept under `cache_dir`)
     tokenizer: str = "byte"  # tokenizer of a model made from `init`: "byte", or a Hugging Face folder or hub id
+    lora: Lora = Lora()  # a teacher with the same path is the model without the update, at no cost of memory
     init: Architecture = Architecture()  # shape of a model with random weights, when neither path nor recipe is set
 
 
@@ -325,7 +333,7 @@ def _check_range(flat: dict[str, Any]) -> None:
         "eval.prompts",
         "log.samples_every",
     ]
-    zero_or_more += ["task.train_size", "task.eval_size", "task.seed", "student.init.head_dim"]
+    zero_or_more += ["task.train_size", "task.eval_size", "task.seed", "student.init.head_dim", "student.lora.rank"]
     for name in positive:
         _require(flat[name] >= 1, name, flat[name], "must be at least 1")
     for name in zero_or_more:
@@ -339,6 +347,7 @@ def _check_range(flat: dict[str, Any]) -> None:
         "loss.student_temperature",
         "loss.teacher_temperature",
         "learner.eps",
+        "student.lora.alpha",
         "student.init.initializer_range",
     ):
         _require(flat[name] > 0, name, flat[name], "must be above 0")
@@ -387,6 +396,8 @@ def validate(config: Config) -> None:
     _require(learner.warmup_steps <= span, "learner.warmup_steps", learner.warmup_steps, f"must be at most the schedule's {span} steps")
     _check_teacher(config)
     _check_context(config)
+    lora, base = config.student.lora, config.student.path or config.student.recipe
+    _require(not lora.rank or bool(base), "student.lora.rank", lora.rank, "needs weights to adapt, but student.path and recipe are empty")
 
 
 def _check_context(config: Config) -> None:

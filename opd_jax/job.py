@@ -1,12 +1,14 @@
 """Everything that a run needs, made and checked before its first step: a config and a folder in, a Job out."""
 
 import dataclasses
+import functools
 import json
 import logging
 import os
 import pathlib
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -18,7 +20,7 @@ from opd_jax.data import tasks
 from opd_jax.data.pipeline import CHECKED_AT_ONCE, Pipeline
 from opd_jax.evaluate import Evaluator
 from opd_jax.model_io import LoadedModel
-from opd_jax.models import spec, transformer
+from opd_jax.models import lora, spec, transformer
 from opd_jax.pair import Pair, open_pair
 from opd_jax.types import TrainState, UserError
 
@@ -27,7 +29,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """The parts of a run. `student.params` is empty: the current parameters are in the state."""
+    """The parts of a run. The parameters that are trained are in the state; `student.params` holds the base of an adapter, or nothing."""
 
     config: Config
     workdir: pathlib.Path
@@ -52,6 +54,10 @@ class Job:
     def teacher_params(self) -> dict | None:
         return self.teacher.params if self.teacher else None
 
+    def policy(self, params: dict) -> dict:
+        """The student's parameters, from those that are trained."""
+        return lora.attach(self.student.params, params, self.student.lora) if self.student.lora else params
+
 
 def setup(parsed: Config, workdir: str | os.PathLike, *, make_model: Callable[[str, str], str], progress: metrics.Progress) -> Job:
     """Refuses what can be refused before any work, then loads or restores. `make_model(recipe, cache_dir)` runs a recipe.
@@ -67,21 +73,22 @@ def setup(parsed: Config, workdir: str | os.PathLike, *, make_model: Callable[[s
     optimizer = learner.make_optimizer(parsed.learner, parsed.steps)
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=parsed.checkpoint.keep)
     resumed = bool(checkpoints.steps())
-    parsed = run_recipes(parsed, make_model, ("teacher",) if resumed else ("student", "teacher"))
+    parsed = run_recipes(parsed, make_model, ("teacher",) if resumed and not parsed.student.lora.rank else ("student", "teacher"))
     progress.phase("loading student and teacher")
     pair = open_pair(parsed, workdir if resumed else None, mesh)
     student, teacher = pair.student, pair.teacher
     pipeline = _make_pipeline(parsed, task, pair)
     evaluate = make_evaluator(parsed, mesh, task, pair)
-    identity = {"teacher_hash": teachers.content_hash(teacher.params) if teacher else "", "data_hash": task.digest}
+    identity = _identity(student, teacher, task)
     if resumed:
         state, step, info = _restore(checkpoints, student, optimizer, mesh, identity, parsed)
     else:
-        state, step, info = learner.init_state(student.params, optimizer), 0, {"tokens_total": 0, "seconds": 0.0, **identity}
-    student = dataclasses.replace(student, params={})
+        trained = _init_adapter(student, parsed.seed, mesh) if student.lora else student.params
+        state, step, info = learner.init_state(trained, optimizer), 0, {"tokens_total": 0, "seconds": 0.0, **identity}
+    student = student if student.lora else dataclasses.replace(student, params={})
     writer = metrics.MetricsWriter(workdir)
     writer.truncate_after(step if resumed else -1)
-    _describe_run(workdir, asked, student)
+    _describe_run(workdir, asked, student, base=parsed.student.path)
     return Job(
         config=parsed,
         workdir=workdir,
@@ -135,7 +142,7 @@ def check_workdir(workdir: pathlib.Path, config: Config) -> None:
         raise UserError(f"{workdir / 'checkpoints'}: is empty, but metrics.jsonl shows updates; restore it, or give another --workdir")
 
 
-def _describe_run(workdir: pathlib.Path, config: Config, student: LoadedModel) -> None:
+def _describe_run(workdir: pathlib.Path, config: Config, student: LoadedModel, *, base: str) -> None:
     """Writes config.json and model/ where they are missing or out of date."""
     text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
     path = workdir / "config.json"
@@ -144,7 +151,7 @@ def _describe_run(workdir: pathlib.Path, config: Config, student: LoadedModel) -
         temporary.write_text(text)
         temporary.replace(path)
     if not model_io.is_run_directory(workdir):
-        model_io.describe(workdir, student.config, student.tokenizer)
+        model_io.describe(workdir, student, base)
 
 
 def _warn_of_other_laws(config: Config) -> None:
@@ -201,12 +208,40 @@ def _make_source(config: Config, student: LoadedModel, teacher: LoadedModel | No
 def _make_update(config: Config, objective, optimizer, student: LoadedModel, teacher: LoadedModel | None, state: TrainState) -> Callable:
     teacher_config = teacher.config if objective.has_teacher else None
     microbatches = config.learner.microbatches
-    return learner.make_update(objective, student.config, teacher_config, optimizer, microbatches=microbatches, state=state)
+    attach = functools.partial(lora.attach, config=student.lora) if student.lora else None
+    settings = {"microbatches": microbatches, "state": state, "attach": attach}
+    return learner.make_update(objective, student.config, teacher_config, optimizer, **settings)
+
+
+def _identity(student: LoadedModel, teacher: LoadedModel | None, task: tasks.Task) -> dict[str, str]:
+    """Hashes of what a run reads and never writes; a resumed run must find the same."""
+    base = teachers.content_hash(student.params) if student.lora else ""
+    if teacher is None:
+        return {"teacher_hash": "", "data_hash": task.digest, "base_hash": base}
+    shared = student.lora is not None and teacher.params is student.params
+    return {"teacher_hash": base if shared else teachers.content_hash(teacher.params), "data_hash": task.digest, "base_hash": base}
+
+
+def _trained_specs(student: LoadedModel) -> dict:
+    """What is trained: all parameters, or those of an adapter."""
+    specs = transformer.param_specs(student.config)
+    return lora.param_specs(specs, student.lora) if student.lora else specs
+
+
+def _init_adapter(student: LoadedModel, seed: int, mesh: Mesh) -> dict:
+    specs = _trained_specs(student)
+    if not specs:
+        raise UserError(f"student.lora.targets: the student has none of {', '.join(student.lora.modules)}; give others")
+    return spec.init(jax.random.fold_in(jax.random.key(seed), 0x10FA), specs, jnp.float32, mesh)
 
 
 def _restore(checkpoints, student, optimizer, mesh, identity: dict, config: Config) -> tuple[TrainState, int, dict]:
-    params = spec.abstract(transformer.param_specs(student.config), jnp.float32, mesh)
+    params = spec.abstract(_trained_specs(student), jnp.float32, mesh)
     step, state, info = checkpoints.restore(learner.abstract_state(params, optimizer))
+    if info["base_hash"] != identity["base_hash"]:
+        raise UserError(
+            f"student.path = {config.student.path!r}: its weights are not those this run began with; restore them or give another --workdir"
+        )
     if info["teacher_hash"] != identity["teacher_hash"]:
         raise UserError(
             f"teacher.path = {config.teacher.path!r}: its weights are not those this run began with; restore them or give another --workdir"

@@ -18,6 +18,9 @@ from opd_jax.numerics.estimators import Context
 from opd_jax.numerics.token_stats import Target
 from opd_jax.types import TrainState, View
 
+# (frozen base, trained parameters) -> parameters of the model
+Attach = Callable[[dict, dict], dict] | None
+
 
 @flax.struct.dataclass
 class Batch:
@@ -99,15 +102,30 @@ def make_update(
     *,
     microbatches: int,
     state: TrainState,
+    attach: Attach = None,
 ) -> Callable:
-    """The jitted update (state, teacher_params, batch) -> (state, metrics). The state is donated; it comes back where it lay."""
-    update = _update_function(objective, student_config, teacher_config, optimizer, microbatches)
+    """The jitted update (state, teacher_params, batch, base=None) -> (state, metrics). The state is donated; it comes back where it lay.
+
+    `attach(base, trained parameters)` gives the student's parameters; without it they are what is trained.
+    """
+    update = _update_function(objective, student_config, teacher_config, optimizer, microbatches, attach)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def gradient(objective, student_config, teacher_config, params, teacher_params, batch: Batch, *, microbatches: int = 1):
-    """(loss, sums of per-token statistics, gradient) of a batch, the same at any number of microbatches."""
+def gradient(
+    objective,
+    student_config,
+    teacher_config,
+    params,
+    teacher_params,
+    batch: Batch,
+    *,
+    microbatches: int = 1,
+    attach: Attach = None,
+    base=None,
+):
+    """(loss, sums of per-token statistics, gradient by `params`) of a batch, the same at any number of microbatches."""
 
     def piece(micro: Batch):
         target = None
@@ -115,7 +133,7 @@ def gradient(objective, student_config, teacher_config, params, teacher_params, 
             target = Target((jax.lax.stop_gradient(transformer.hidden(teacher_params, teacher_config, micro.teacher)),))
 
         def loss(params):
-            head = transformer.hidden(params, student_config, micro.student)
+            head = transformer.hidden(attach(base, params) if attach else params, student_config, micro.student)
             return objective_lib.loss(
                 objective, head, target, micro.student.completion_BT, micro.context, micro.weights_BT, micro.denominator
             )
@@ -146,11 +164,10 @@ def _split(batch: Batch, microbatches: int) -> Batch:
     return jax.tree.map(deal, batch)
 
 
-def _update_function(objective, student_config, teacher_config, optimizer, microbatches):
-    def update(state: TrainState, teacher_params, batch: Batch) -> tuple[TrainState, dict]:
-        loss, sums, grads = gradient(
-            objective, student_config, teacher_config, state.params, teacher_params, batch, microbatches=microbatches
-        )
+def _update_function(objective, student_config, teacher_config, optimizer, microbatches, attach):
+    def update(state: TrainState, teacher_params, batch: Batch, base=None) -> tuple[TrainState, dict]:
+        settings = {"microbatches": microbatches, "attach": attach, "base": base}
+        loss, sums, grads = gradient(objective, student_config, teacher_config, state.params, teacher_params, batch, **settings)
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         # The host sees metrics one step late: until then a bad gradient, and what follows it, must leave the state as it was.

@@ -1,4 +1,4 @@
-"""A path -> a model with its tokenizer: a Hugging Face folder, a hub id, or a run directory of this project."""
+"""A path -> a model with its tokenizer: a Hugging Face folder, a hub id, a peft adapter, or a run directory of this project."""
 
 import dataclasses
 import json
@@ -10,8 +10,9 @@ from jax.sharding import Mesh
 from opd_jax import checkpoint
 from opd_jax.data import tokenizer as tokenizer_lib
 from opd_jax.models import config as model_config_lib
-from opd_jax.models import hf, spec, transformer
+from opd_jax.models import hf, lora, peft, spec, transformer
 from opd_jax.models.config import ModelConfig
+from opd_jax.models.lora import LoraConfig
 from opd_jax.types import UserError
 
 
@@ -20,6 +21,7 @@ class LoadedModel:
     params: dict
     config: ModelConfig
     tokenizer: tokenizer_lib.Tokenizer
+    lora: LoraConfig | None = None  # with it, `params` is the base of an adapter that is trained
 
 
 def is_run_directory(path: str | pathlib.Path) -> bool:
@@ -27,12 +29,18 @@ def is_run_directory(path: str | pathlib.Path) -> bool:
     return (pathlib.Path(path) / "model" / "config.json").is_file()
 
 
-def describe(workdir: pathlib.Path, config: ModelConfig, tokenizer: tokenizer_lib.Tokenizer) -> None:
-    """Writes `model/` of a run directory: config.json and the tokenizer, all of a Hugging Face folder but the weights."""
+def describe(workdir: pathlib.Path, model: LoadedModel, base: str) -> None:
+    """Writes `model/` of a run directory: config.json and the tokenizer, all of a Hugging Face folder but the weights.
+
+    With an adapter also its configuration, which names its `base`: a hub id, or a folder (by its full path).
+    """
     folder = workdir / "model"
     folder.mkdir(exist_ok=True)
-    tokenizer.save(folder)
-    (folder / "config.json").write_text(json.dumps(model_config_lib.to_hf(config), indent=2) + "\n")
+    model.tokenizer.save(folder)
+    if model.lora is not None:
+        path = pathlib.Path(base)
+        peft.write_config(folder, model.lora, base=str(path.resolve()) if path.exists() else base)
+    (folder / "config.json").write_text(json.dumps(model_config_lib.to_hf(model.config), indent=2) + "\n")
 
 
 def open_model(path: str, *, mesh: Mesh | None = None, dtype=None) -> LoadedModel:
@@ -45,6 +53,8 @@ def open_model(path: str, *, mesh: Mesh | None = None, dtype=None) -> LoadedMode
     if pathlib.Path(path).is_dir() and (pathlib.Path(path) / "checkpoints").is_dir():
         raise UserError(f"run directory {path}: model/config.json is missing; start the run again, or give another path")
     folder = hf.local_folder(path)
+    if (folder / peft.CONFIG).is_file() and not (folder / "config.json").is_file():
+        return _open_adapter(folder, mesh, dtype)
     params, config = hf.load(folder, mesh=mesh, dtype=dtype)
     return LoadedModel(params, config, tokenizer_lib.load(str(folder)))
 
@@ -61,5 +71,24 @@ def read_description(workdir: pathlib.Path) -> LoadedModel:
 
 def _open_run(workdir: pathlib.Path, mesh: Mesh | None, dtype) -> LoadedModel:
     model = read_description(workdir)
+    if (workdir / "model" / peft.CONFIG).is_file():
+        base, adapter, lora_config = open_base_and_adapter(workdir, mesh=mesh, dtype=dtype)
+        return dataclasses.replace(model, params=lora.merge(base.params, adapter, lora_config))
     abstract = spec.abstract(transformer.param_specs(model.config), dtype or jnp.float32, mesh)
     return dataclasses.replace(model, params=checkpoint.restore_params(workdir / "checkpoints", abstract))
+
+
+def open_base_and_adapter(workdir: pathlib.Path, *, mesh: Mesh | None = None, dtype=None) -> tuple[LoadedModel, dict, LoraConfig]:
+    """(base, newest adapter, its configuration) of a run that trained an adapter. Raises UserError."""
+    lora_config, path = peft.read_config(workdir / "model")
+    base = open_model(path, mesh=mesh, dtype=dtype)
+    abstract = spec.abstract(lora.param_specs(transformer.param_specs(base.config), lora_config), jnp.float32, mesh)
+    return base, checkpoint.restore_params(workdir / "checkpoints", abstract), lora_config
+
+
+def _open_adapter(folder: pathlib.Path, mesh: Mesh | None, dtype) -> LoadedModel:
+    """A folder of the peft library: its base with the adapter merged into it."""
+    _, path = peft.read_config(folder)
+    base = open_model(path, mesh=mesh, dtype=dtype)
+    adapter, lora_config = peft.load(folder, base.config)
+    return dataclasses.replace(base, params=lora.merge(base.params, adapter, lora_config))

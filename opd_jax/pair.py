@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from opd_jax import config as config_lib
 from opd_jax import model_io, teachers
 from opd_jax.config import Config, ConfigError
 from opd_jax.data import contexts
@@ -15,7 +16,8 @@ from opd_jax.data import tokenizer as tokenizer_lib
 from opd_jax.data.pipeline import Encoder
 from opd_jax.model_io import LoadedModel
 from opd_jax.models import config as model_config_lib
-from opd_jax.models import transformer
+from opd_jax.models import lora, transformer
+from opd_jax.models.lora import LoraConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,18 +29,24 @@ class Pair:
 
 
 def open_pair(config: Config, resumed_from: pathlib.Path | None, mesh: Mesh) -> Pair:
-    """Loads both models and masks the padding rows of their vocabularies. A resumed student comes without parameters.
+    """Loads both models and masks the padding rows of their vocabularies.
+
+    A resumed student comes without parameters, unless they are the base of an adapter; a teacher with that path shares its arrays.
 
     Raises UserError for a model, tokenizer or template that cannot be used, and for a teacher whose ids are not the student's.
     """
-    if resumed_from is not None:
+    adapter = _lora_config(config.student.lora)
+    if resumed_from is not None and adapter is None:
         student = model_io.read_description(resumed_from)
     elif config.student.path:
-        student = model_io.open_model(config.student.path, mesh=mesh, dtype=jnp.float32)
+        dtype = jnp.dtype(config.model.compute_dtype) if adapter else jnp.float32  # what is not trained needs no more than it computes with
+        student = dataclasses.replace(model_io.open_model(config.student.path, mesh=mesh, dtype=dtype), lora=adapter)
     else:
         student = _random_student(config, mesh)
     teacher = None
-    if config.teacher.path:
+    if adapter is not None and config.teacher.path == config.student.path:
+        teacher = dataclasses.replace(student, lora=None)
+    elif config.teacher.path:
         teacher = model_io.open_model(config.teacher.path, mesh=mesh, dtype=jnp.dtype(config.model.compute_dtype))
     if teacher is not None and config.rollout.stop == "union":
         student, teacher = _share_stops(student, teacher)
@@ -46,6 +54,15 @@ def open_pair(config: Config, resumed_from: pathlib.Path | None, mesh: Mesh) -> 
     compute = {"compute_dtype": config.model.compute_dtype}
     prepared = _prepare(student, student.tokenizer, "student.path", remat=config.model.remat, **compute)
     return Pair(prepared, teacher and _prepare(teacher, student.tokenizer, "teacher.path", **compute), *encoders)
+
+
+def _lora_config(settings: config_lib.Lora) -> LoraConfig | None:
+    if not settings.rank:
+        return None
+    names = lora.MODULES if settings.targets == "all" else tuple(settings.targets.split(","))
+    for name in names:
+        config_lib.check_choice("student.lora.targets", name, ("all", *lora.MODULES))
+    return LoraConfig(settings.rank, settings.alpha, tuple(m for m in lora.MODULES if m in names))
 
 
 def _share_stops(*models: LoadedModel) -> tuple[LoadedModel, ...]:

@@ -141,7 +141,7 @@ class Recorder:
         self._progress.phase(f"evaluating after {self.step} updates")
         start = time.perf_counter()
         with jax.set_mesh(self.job.mesh):
-            values = self.job.evaluate(self.state.params)
+            values = self.job.evaluate(self.job.policy(self.state.params))
         return values | {"time/eval_seconds": time.perf_counter() - start}
 
     def _write(self, record: dict) -> dict:

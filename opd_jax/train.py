@@ -39,9 +39,9 @@ def run(config, workdir, *, stop: StopRequest | None = None, progress: Progress 
                 raise Interrupted(stop.signum)
             with jax.set_mesh(job.mesh):
                 prompts = job.pipeline.batch(step)
-                completions = job.rollouts(recorder.state.params, job.teacher_params, prompts, step)
+                completions = job.rollouts(job.policy(recorder.state.params), job.teacher_params, prompts, step)
                 batch = make_batch(job, prompts, completions)
-                recorder.state, measured = job.update(recorder.state, job.teacher_params, batch)
+                recorder.state, measured = job.update(recorder.state, job.teacher_params, batch, job.student.params)
             yield from recorder.record(step + 1, prompts, completions, measured)
     finally:
         recorder.close()

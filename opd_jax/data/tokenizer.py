@@ -174,8 +174,8 @@ def _byte_characters() -> list[str]:
 def check_compatible(student: Tokenizer, teacher: Tokenizer, *, same_prompts: bool = True, texts: Iterable[str] = ()) -> None:
     """Refuses a teacher for whom ids mean something else than for the student. Raises UserError.
 
-    Compared are every id of the student's vocabulary, the ids of PROBES, of its special tokens within text and of `texts`, how prompts begin
-    (`same_prompts`), and the stop ids. The teacher may know more ids; sizes of padded vocabularies are not compared.
+    Compared are every id of the student's vocabulary, the ids of PROBES, of its special tokens within text and of `texts`, how prompts
+    begin (`same_prompts`), and the stop ids. The teacher may know more ids; sizes of padded vocabularies are not compared.
     """
     _check_vocabulary(student.vocabulary(), teacher.vocabulary())
     specials = "".join(f"x{token}x {token} x" for token in student.special_tokens())

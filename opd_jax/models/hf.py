@@ -86,8 +86,8 @@ def load(path_or_repo: str | pathlib.Path, *, mesh: Mesh | None = None, dtype=No
     _check_names(folder, model_config, specs, files)
     params = {}
     for path, param in specs.items():
-        name, inputs = _name_in_file(path)
-        array = _read(files[name], name, _shape_in_file(param.shape, inputs))
+        name, inputs = name_in_file(path)
+        array = read_tensor(files[name], name, _shape_in_file(param.shape, inputs))
         if inputs is not None:
             array = np.ascontiguousarray(array.T).reshape(param.shape)
         params[path] = _place(array if dtype is None else array.astype(dtype), param, mesh)
@@ -101,7 +101,7 @@ def read_config(folder: pathlib.Path) -> ModelConfig:
         raise UserError(
             f"{folder}: is a run directory, not a Hugging Face folder; write one with experiments/export_hf.py --workdir={folder} --out=DIR"
         )
-    return config_lib.from_hf(_read_json(path), where=str(path))
+    return config_lib.from_hf(read_json(path), where=str(path))
 
 
 def save(path: str | pathlib.Path, params: dict, model_config: ModelConfig, tokenizer: Any = None) -> None:
@@ -132,7 +132,7 @@ def save(path: str | pathlib.Path, params: dict, model_config: ModelConfig, toke
 # ---- names
 
 
-def _name_in_file(path: str) -> tuple[str, int | None]:
+def name_in_file(path: str) -> tuple[str, int | None]:
     """`layers/3/mlp/up` -> ("model.layers.3.mlp.up_proj.weight", number of input axes)."""
     if path in _OUTSIDE:
         return _OUTSIDE[path]
@@ -146,20 +146,20 @@ def _shape_in_file(shape: tuple[int, ...], inputs: int | None) -> tuple[int, ...
 
 
 def _check_names(folder: pathlib.Path, config: ModelConfig, specs: dict, files: dict[str, pathlib.Path]) -> None:
-    expected = {_name_in_file(path)[0] for path in specs}
+    expected = {name_in_file(path)[0] for path in specs}
     missing = sorted(expected - files.keys())
     if missing:
-        raise UserError(f"folder {folder}: tensor {_first(missing)} is missing from the weights; restore them, or correct config.json")
+        raise UserError(f"folder {folder}: tensor {first_of(missing)} is missing from the weights; restore them, or correct config.json")
     unused = {name for name in files.keys() - expected if not _DERIVED.fullmatch(name)}
     if config.tie_word_embeddings and "lm_head.weight" in unused and _same_as_embedding(files):
         unused.remove("lm_head.weight")
     if unused:
         raise UserError(
-            f"folder {folder}: tensor {_first(sorted(unused))} in the weights is not used by the model of config.json; correct one of them"
+            f"folder {folder}: tensor {first_of(sorted(unused))} in the weights is not used by the model of config.json; correct either"
         )
 
 
-def _first(names: list[str]) -> str:
+def first_of(names: list[str]) -> str:
     return repr(names[0]) + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
 
 
@@ -173,7 +173,7 @@ def _same_as_embedding(files: dict[str, pathlib.Path]) -> bool:
 # ---- reading
 
 
-def _read_json(path: pathlib.Path) -> dict:
+def read_json(path: pathlib.Path) -> dict:
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:
@@ -192,12 +192,18 @@ def _open(path: pathlib.Path):
         raise UserError(f"{path}: cannot be read as safetensors ({error}); restore it") from None
 
 
+def tensor_names(path: pathlib.Path) -> set[str]:
+    """Names of the tensors of one safetensors file. Raises UserError."""
+    with _open(path) as file:
+        return set(file.keys())
+
+
 def _tensor_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     """Tensor name -> the file that holds it."""
     if (folder / _SINGLE).is_file():
         names = [_SINGLE]
     elif (folder / _INDEX).is_file():
-        names = sorted(set(_read_json(folder / _INDEX).get("weight_map", {}).values()))
+        names = sorted(set(read_json(folder / _INDEX).get("weight_map", {}).values()))
     else:
         raise UserError(f"folder {folder}: holds neither {_SINGLE} nor {_INDEX}; convert its weights to safetensors")
     files = {}
@@ -207,7 +213,7 @@ def _tensor_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     return files
 
 
-def _read(path: pathlib.Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
+def read_tensor(path: pathlib.Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
     with _open(path) as file:
         described = file.get_slice(name)
         if tuple(described.get_shape()) != shape:
@@ -254,7 +260,7 @@ def _groups(arrays: dict[str, jax.Array]) -> Iterator[list[str]]:
 
 
 def _to_file(path: str, array: jax.Array) -> tuple[str, np.ndarray]:
-    name, inputs = _name_in_file(path)
+    name, inputs = name_in_file(path)
     array = np.asarray(array)
     if inputs is not None:
         array = array.reshape(_shape_in_file(array.shape, inputs)[::-1]).T

@@ -14,7 +14,7 @@ from jax.nn import initializers
 
 from opd_jax import types
 from opd_jax.models import cache as cache_lib
-from opd_jax.models import spec
+from opd_jax.models import lora, spec
 from opd_jax.models.cache import Cache
 from opd_jax.models.config import ModelConfig
 from opd_jax.models.spec import ParamSpec
@@ -195,8 +195,12 @@ def _accumulation(config: ModelConfig):
     return jnp.promote_types(config.compute_dtype, jnp.float32)
 
 
-def _matmul(equation: str, x: jax.Array, w: jax.Array, config: ModelConfig) -> jax.Array:
-    """Operands in the compute type, sums in float32."""
+def _matmul(equation: str, x: jax.Array, w: jax.Array | lora.Adapted, config: ModelConfig) -> jax.Array:
+    """Operands in the compute type, sums in float32; a weight may have a low-rank update on it."""
+    if isinstance(w, lora.Adapted):
+        down, up = lora.equations(equation)
+        update = _matmul(up, _matmul(down, x, w.a, config), w.b, config)
+        return _matmul(equation, x, w.base, config) + w.scale * update
     dtype = config.compute_dtype
     return jnp.einsum(equation, x.astype(dtype), w.astype(dtype), preferred_element_type=_accumulation(config))
 
