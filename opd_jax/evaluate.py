@@ -13,7 +13,7 @@ from opd_jax import parallel
 from opd_jax.data import pipeline
 from opd_jax.data.tasks import Example, Task
 from opd_jax.model_io import LoadedModel
-from opd_jax.models import transformer
+from opd_jax.models import forward
 from opd_jax.models.config import ModelConfig
 from opd_jax.numerics.token_stats import Signal, Target, token_stats
 from opd_jax.rollout import sample
@@ -131,10 +131,10 @@ class Evaluator:
 @functools.partial(jax.jit, static_argnames=("student_config", "teacher_config", "kind"))
 def _rollout_sums(params, teacher_params, prompts, rollout, student_config, teacher_config, kind):
     student_prompts, teacher_prompts = prompts
-    student = transformer.hidden(params, student_config, view(student_prompts, rollout))
+    student = forward.hidden(params, student_config, view(student_prompts, rollout))
     target, needs = None, {"entropy"}
     if teacher_config is not None:
-        target, needs = Target((transformer.hidden(teacher_params, teacher_config, view(teacher_prompts, rollout)),)), {"entropy", "local"}
+        target, needs = Target((forward.hidden(teacher_params, teacher_config, view(teacher_prompts, rollout)),)), {"entropy", "local"}
     signal = Signal(kind=kind if target is not None else "nll")
     stats = token_stats(student, target, rollout.tokens_BT, signal=signal, needs=frozenset(needs))
     sums = {"tokens": rollout.mask_BT, "entropy": stats.entropy_BT} | ({"local": stats.local_BT} if target is not None else {})

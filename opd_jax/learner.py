@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from opd_jax import config as config_lib
 from opd_jax import objective as objective_lib
 from opd_jax import parallel
-from opd_jax.models import transformer
+from opd_jax.models import forward
 from opd_jax.models.config import ModelConfig
 from opd_jax.numerics.estimators import Context
 from opd_jax.numerics.token_stats import Target
@@ -130,10 +130,10 @@ def gradient(
     def piece(micro: Batch):
         target = None
         if teacher_config is not None:
-            target = Target((jax.lax.stop_gradient(transformer.hidden(teacher_params, teacher_config, micro.teacher)),))
+            target = Target((jax.lax.stop_gradient(forward.hidden(teacher_params, teacher_config, micro.teacher)),))
 
         def loss(params):
-            head = transformer.hidden(attach(base, params) if attach else params, student_config, micro.student)
+            head = forward.hidden(attach(base, params) if attach else params, student_config, micro.student)
             return objective_lib.loss(
                 objective, head, target, micro.student.completion_BT, micro.context, micro.weights_BT, micro.denominator
             )

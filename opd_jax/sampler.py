@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from opd_jax import parallel
-from opd_jax.models import transformer
+from opd_jax.models import forward
 from opd_jax.models.config import ModelConfig
 from opd_jax.types import Prompts, Rollout, UserError
 
@@ -92,7 +92,7 @@ def sample_tokens(
 ) -> Rollout:
     """Completions [B, max_new_tokens]. Rows that have stopped write padding; the loop ends when all have."""
     rows, width = prompts.tokens_BS.shape
-    logits_BV, cache = transformer.prefill(params, config, prompts.tokens_BS, prompts.mask_BS, cache_length=width + max_new_tokens)
+    logits_BV, cache = forward.prefill(params, config, prompts.tokens_BS, prompts.mask_BS, cache_length=width + max_new_tokens)
     key_of_position = functools.partial(uniforms, key, prompts.id_B)
 
     def body(carry):
@@ -103,7 +103,7 @@ def sample_tokens(
             jax.lax.dynamic_update_slice_in_dim(x_BT, x_B[:, None], position, axis=1) for x_BT, x_B in zip(columns, new, strict=True)
         )
         stopped_B |= _is_any(token_B, stop_ids)
-        logits_BV, cache = transformer.decode_step(params, config, new[0], cache)
+        logits_BV, cache = forward.decode_step(params, config, new[0], cache)
         return position + 1, logits_BV, cache, stopped_B, columns
 
     def unfinished(carry):

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from opd_jax.models import transformer
+from opd_jax.models import forward
 from opd_jax.models.config import ModelConfig
 from opd_jax.numerics import token_stats as stats_lib
 from opd_jax.numerics.token_stats import Head, Signal
@@ -14,7 +14,7 @@ from opd_jax.types import Prompts, Rollout, view
 
 def hidden(params: dict, model_config: ModelConfig, prompts: Prompts, rollout: Rollout) -> Head:
     """The model's head on the completions: entry t of `hidden_BTD` is the state before token t is read."""
-    return transformer.hidden(params, model_config, view(prompts, rollout))
+    return forward.hidden(params, model_config, view(prompts, rollout))
 
 
 @functools.partial(jax.jit, static_argnames="model_config")
