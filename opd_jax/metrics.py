@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+from opd_jax import files
 from opd_jax.types import UserError
 
 
@@ -74,9 +75,13 @@ GLOSSARY: dict[str, Description] = _glossary()
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl and samples.jsonl of a run directory; every line is flushed when it is written."""
+    """Appends to metrics.jsonl and samples.jsonl of a run directory; every line is flushed when it is written.
+
+    Raises UserError when a file cannot be written. Nothing is written after that, so that no record is missing between others.
+    """
 
     def __init__(self, workdir: str | os.PathLike):
+        self._failed: UserError | None = None
         self._metrics = pathlib.Path(workdir) / "metrics.jsonl"
         self._samples = pathlib.Path(workdir) / "samples.jsonl"
 
@@ -85,54 +90,82 @@ class MetricsWriter:
         for name, value in record.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"step {record.get('step')}: metric {name} is {value}")
-        _append(self._metrics, [record])
+        self._append(self._metrics, [record])
 
     def samples(self, records: Iterable[dict[str, Any]]) -> None:
         """Objects with step, prompt, completion and token_ids."""
-        _append(self._samples, records)
+        self._append(self._samples, records)
 
     def truncate_after(self, step: int) -> None:
-        """Cuts both files back to records of at most this step, and drops a torn last line; what stays is kept byte for byte."""
-        for path in (self._metrics, self._samples):
-            if path.exists():
-                lines = path.read_bytes().splitlines(keepends=True)
-                kept = sum(len(line) for line in lines[: _count_until(lines, step)])
-                if kept < path.stat().st_size:
-                    os.truncate(path, kept)
+        """Cuts both files back to records of at most this step, and drops a torn last line; what stays is kept byte for byte.
+
+        Raises UserError, with both files as they were, for a broken line before the last: what follows it would be lost.
+        """
+        cuts = {path: _size_until(path, step) for path in (self._metrics, self._samples) if os.path.lexists(path)}
+        for path, size in cuts.items():
+            if size < path.stat().st_size:
+                os.truncate(path, size)
 
     def has_record(self, step: int) -> bool:
         return any(record["step"] == step for record in read(self._metrics)) if self._metrics.exists() else False
 
-
-def _append(path: pathlib.Path, records: Iterable[dict[str, Any]]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        for record in records:
-            file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _count_until(lines: list[bytes], step: int) -> int:
-    """How many leading lines are whole and speak of at most this step."""
-    for count, line in enumerate(lines):
+    def _append(self, path: pathlib.Path, records: Iterable[dict[str, Any]]) -> None:
+        if self._failed:
+            raise self._failed
+        size = path.stat().st_size if path.exists() else 0
         try:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                return count
-        except (ValueError, KeyError, TypeError):
-            return count
-    return len(lines)
+            with path.open("a", encoding="utf-8") as file:
+                for record in records:
+                    file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+        except OSError as error:
+            if path.is_file():
+                os.truncate(path, size)
+            why = files.reason(error)
+            self._failed = UserError(f"{path}: cannot be written ({why}); free space, then the same command continues")
+            raise self._failed from None
+
+
+def _size_until(path: pathlib.Path, step: int) -> int:
+    """Bytes of the leading lines that are whole and speak of at most this step."""
+    size = 0
+    for record, line in _records(path):
+        if record is None or not line.endswith(b"\n") or record["step"] > step:
+            break
+        size += len(line)
+    return size
 
 
 def read(path: str | os.PathLike) -> list[dict[str, Any]]:
     """The objects of a metrics.jsonl or samples.jsonl; a torn last line is left out. Raises UserError for a broken line before it."""
-    lines = pathlib.Path(path).read_bytes().splitlines(keepends=True)
+    return [record for record, _ in _records(path) if record is not None]
+
+
+def _records(path: str | os.PathLike) -> list[tuple[dict[str, Any] | None, bytes]]:
+    """(object with an integer step, its line) of every line; the object of a last line that is torn is None. Raises UserError."""
+    remedy = "restore the file"
+    files.check_regular(path, where=str(path), remedy=remedy, limit=files.MAX_LINES_BYTES)
+    try:
+        lines = pathlib.Path(path).read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({files.reason(error)}); {remedy}") from None
     records = []
     for number, line in enumerate(lines, start=1):
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            if number == len(lines):
-                break
-            raise UserError(f"{path}, line {number}: is not JSON; remove the line or restore the file") from None
+        record, problem = _parse(line)
+        if problem and number < len(lines):
+            raise UserError(f"{path}, line {number}: {problem}; remove the line or {remedy}")
+        records.append((record, line))
     return records
+
+
+def _parse(line: bytes) -> tuple[dict[str, Any] | None, str]:
+    """(the object, "") or (None, what is wrong with the line)."""
+    try:
+        record = files.parse_json(line)
+    except ValueError:
+        return None, "is not JSON"
+    if not isinstance(record, dict) or isinstance(record.get("step"), bool) or not isinstance(record.get("step"), int):
+        return None, "is no object with a `step`"
+    return record, ""
 
 
 class Progress:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ class LoadedModel:
 
 def is_run_directory(path: str | pathlib.Path) -> bool:
     """Whether a folder was written by the trainer."""
-    return (pathlib.Path(path) / "model" / "config.json").is_file()
+    return os.path.isfile(os.path.join(path, "model", "config.json"))
 
 
 def describe(workdir: pathlib.Path, model: LoadedModel, base: str) -> None:
@@ -50,7 +51,7 @@ def open_model(path: str, *, mesh: Mesh | None = None, dtype=None) -> LoadedMode
     """
     if is_run_directory(path):
         return _open_run(pathlib.Path(path), mesh, dtype)
-    if pathlib.Path(path).is_dir() and (pathlib.Path(path) / "checkpoints").is_dir():
+    if os.path.isdir(os.path.join(path, "checkpoints")):
         raise UserError(f"run directory {path}: model/config.json is missing; start the run again, or give another path")
     folder = hf.local_folder(path)
     if (folder / peft.CONFIG).is_file() and not (folder / "config.json").is_file():
@@ -62,11 +63,7 @@ def open_model(path: str, *, mesh: Mesh | None = None, dtype=None) -> LoadedMode
 def read_description(workdir: pathlib.Path) -> LoadedModel:
     """The student of a run directory without its parameters."""
     path = workdir / "model" / "config.json"
-    try:
-        fields = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); restore it, or give another folder") from None
-    return LoadedModel({}, model_config_lib.from_hf(fields, where=str(path)), tokenizer_lib.load(str(workdir / "model")))
+    return LoadedModel({}, model_config_lib.from_hf(hf.read_fields(path), where=str(path)), tokenizer_lib.load(str(workdir / "model")))
 
 
 def _open_run(workdir: pathlib.Path, mesh: Mesh | None, dtype) -> LoadedModel:

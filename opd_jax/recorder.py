@@ -54,7 +54,7 @@ class Recorder:
         if self._saved_step is None:
             self._save()
         if self.step == 0 and self.job.evaluate is not None and not self.job.writer.has_record(0):
-            yield self._write({"step": 0, **self._evaluation()})
+            yield self._write({"step": 0, **self._evaluation(0)})
         self._clock = time.perf_counter()
 
     def record(self, step: int, prompts: Batch, completions: Rollout, measured: dict) -> Iterator[dict]:
@@ -95,8 +95,9 @@ class Recorder:
         self._info["seconds"] += seconds
         record |= {"time/step_seconds": seconds, "time/total_seconds": self._info["seconds"]}
         record["rollout/tokens_per_second"] = record["train/tokens"] / seconds
-        self.step = pending.step
-        return self._write(record | (self._evaluation() if evaluate else {}))
+        written = self._write(record | (self._evaluation(pending.step) if evaluate else {}))
+        self.step = pending.step  # not before: a step whose record could not be written must not be saved
+        return written
 
     def _train_metrics(self, step: int, measured: dict) -> dict[str, float]:
         values = {name: float(value) for name, value in measured.items()}
@@ -135,10 +136,10 @@ class Recorder:
             self.job.writer.samples({"step": step, "prompt": e.prompt, "completion": text, "token_ids": i} for e, text, i in rows)
         return record
 
-    def _evaluation(self) -> dict[str, float]:
+    def _evaluation(self, step: int) -> dict[str, float]:
         if self.job.evaluate is None:
             return {}
-        self._progress.phase(f"evaluating after {self.step} updates")
+        self._progress.phase(f"evaluating after {step} updates")
         start = time.perf_counter()
         with jax.set_mesh(self.job.mesh):
             values = self.job.evaluate(self.job.policy(self.state.params))

@@ -11,9 +11,22 @@ Prompts are padded on the left, completions on the right. The stop token is part
 import flax.struct
 import jax
 
+MESSAGE_LENGTH = 2000  # characters of an error message
+
+
+def one_line(text: str) -> str:
+    """Text for a message: what does not print (line breaks, terminal codes, reversed text) is escaped, the middle of a long one dropped."""
+    if len(text) > MESSAGE_LENGTH:
+        begin, end = MESSAGE_LENGTH * 3 // 5, MESSAGE_LENGTH * 2 // 5
+        text = f"{text[:begin]} ... {text[-end:]}"
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
 
 class UserError(ValueError):
     """A mistake that the user can repair. One line: which field or file, its value, what is valid, the remedy."""
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
 
 
 @flax.struct.dataclass

@@ -3,10 +3,12 @@
 import functools
 import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Iterable
 from typing import Any
 
+from opd_jax import files
 from opd_jax.models import hf
 from opd_jax.types import UserError
 
@@ -17,6 +19,22 @@ PROBES = (
     "naïve café, Straße, 東京, Ελληνικά, 🙂",
     "def f(x):\n    return x**2  # <think> </think> <|im_start|> <|im_end|> <|endoftext|> </s>",
 )
+
+_REMEDY = "download the folder again"
+# What transformers reads of a folder; a pipe, a device or an enormous file in their places is refused before.
+_READ = [
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "processor_config.json",
+]
+_MAX_VOCABULARY = 2**22  # an embedding has a row for each id up to the highest
 
 
 class Tokenizer:
@@ -82,7 +100,13 @@ class Tokenizer:
     def save(self, path: str | pathlib.Path) -> None:
         """Writes the files that `load`, and transformers, read back to the same tokenizer and stop ids."""
         folder = pathlib.Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._save(folder)
+        except Exception as error:  # tokenizers raises plain Exceptions where the disk is full
+            raise UserError(f"folder {folder}: the tokenizer cannot be written ({files.reason(error)}); give another one") from None
+
+    def _save(self, folder: pathlib.Path) -> None:
         self._fast.save_pretrained(folder)
         settings = folder / "tokenizer_config.json"
         fields = json.loads(settings.read_text(encoding="utf-8")) | {"add_bos_token": self.adds_bos}
@@ -108,19 +132,24 @@ def load(path_or_repo: str) -> Tokenizer:
     import transformers
 
     folder = hf.local_folder(path_or_repo)
+    settings = {name: _settings(folder / name) for name in ("tokenizer_config.json", "generation_config.json", "config.json")}
+    for path in (folder / name for name in _READ if os.path.lexists(folder / name)):
+        files.check_regular(path, where=str(path), remedy=_REMEDY, limit=files.MAX_JSON_BYTES)
     try:
         if _is_bare_gpt2(folder):
             fast = transformers.GPT2TokenizerFast.from_pretrained(folder)
         else:
             fast = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers, huggingface_hub and tokenizers raise many types for a folder they cannot read
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"tokenizer {path_or_repo}: cannot be loaded ({reason}); give a folder with tokenizer.json") from None
-    settings = _read_json(folder / "tokenizer_config.json")
-    begins = fast.encode("a", add_special_tokens=True)[:1] == [fast.bos_token_id]
-    said = settings.get("add_bos_token")
+        begins = fast.encode("a", add_special_tokens=True)[:1] == [fast.bos_token_id]
+        size = max(fast.get_vocab().values()) + 1
+    except Exception as error:  # transformers and tokenizers raise many types for a folder they cannot read
+        raise UserError(f"tokenizer {path_or_repo}: cannot be loaded ({_why(folder, error)}); give a folder with tokenizer.json") from None
+    if size > _MAX_VOCABULARY:
+        raise UserError(f"tokenizer {path_or_repo}: has the id {size - 1}, at most {_MAX_VOCABULARY - 1} is supported; {_REMEDY}")
+    said = settings["tokenizer_config.json"].get("add_bos_token")
     adds_bos = fast.bos_token_id is not None and bool(begins if said is None else said)
-    return Tokenizer(fast, eos_ids=_stop_ids(folder, fast), adds_bos=adds_bos)
+    stops = [i for name in ("generation_config.json", "config.json") for i in _stop_ids(folder / name, settings[name], size)]
+    return Tokenizer(fast, eos_ids=stops + [i for i in [fast.eos_token_id] if i is not None], adds_bos=adds_bos)
 
 
 def _is_bare_gpt2(folder: pathlib.Path) -> bool:
@@ -129,24 +158,28 @@ def _is_bare_gpt2(folder: pathlib.Path) -> bool:
     return all((folder / name).is_file() for name in ("vocab.json", "merges.txt")) and not any((folder / name).exists() for name in others)
 
 
-def _stop_ids(folder: pathlib.Path, fast: Any) -> list[int]:
-    """Every id that ends a completion: those of generation_config.json, config.json and the tokenizer itself."""
-    found = []
-    for name in ("generation_config.json", "config.json"):
-        value = _read_json(folder / name).get("eos_token_id")
-        found += value if isinstance(value, list) else [value]
-    found.append(fast.eos_token_id)
-    return [int(i) for i in found if i is not None]
+def _why(folder: pathlib.Path, error: Exception) -> str:
+    """The file that is no JSON, if there is one: the libraries do not say which file they stumble over."""
+    for name in ("tokenizer.json", "special_tokens_map.json", "added_tokens.json"):
+        try:
+            _settings(folder / name)
+        except UserError as broken:
+            return str(broken).removesuffix(f"; {_REMEDY}")
+    return files.reason(error)
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); download the folder again") from None
-    return fields if isinstance(fields, dict) else {}
+def _stop_ids(path: pathlib.Path, settings: dict[str, Any], size: int) -> list[int]:
+    """The ids that end a completion, according to one file. Raises UserError for what is no id of the tokenizer."""
+    value = settings.get("eos_token_id")
+    found = value if isinstance(value, list) else [] if value is None else [value]
+    for i in found:
+        if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < size:
+            raise UserError(f"{path}: eos_token_id = {files.shown(value)}: must be ids of the tokenizer, from 0 to {size - 1}; correct it")
+    return found
+
+
+def _settings(path: pathlib.Path) -> dict[str, Any]:
+    return files.read_json(path, remedy=_REMEDY) if os.path.lexists(path) else {}
 
 
 @functools.cache

@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import pathlib
 import re
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,15 +16,26 @@ import safetensors.numpy
 from flax import traverse_util
 from jax.sharding import Mesh
 
+from opd_jax import files as files_lib
 from opd_jax.models import config as config_lib
-from opd_jax.models import spec, transformer
+from opd_jax.models import spec, transformer, weights
 from opd_jax.models.config import ModelConfig
 from opd_jax.types import UserError
 
 MAX_FILE_BYTES = 5 * 10**9  # of one weights file; a model above it is written in several, with an index
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+# The largest config.json fields that are looked at.
+_LARGEST = {"num_hidden_layers": 10_000} | dict.fromkeys(
+    (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+    ),
+    2**31 - 1,
+)
 
 # Our name inside a layer -> (its name in a checkpoint, how many leading axes of ours are inputs; None = stored as it is).
 # Linear weights lie there as [outputs, inputs], with the heads merged.
@@ -56,10 +69,9 @@ def local_folder(path_or_repo: str | pathlib.Path) -> pathlib.Path:
 
     Raises UserError when there is no such folder and no such repository can be fetched.
     """
-    path = pathlib.Path(path_or_repo)
-    if path.is_dir():
-        return path
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(path_or_repo)) or path.exists():
+    if os.path.isdir(path_or_repo):
+        return pathlib.Path(path_or_repo)
+    if not re.fullmatch(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", str(path_or_repo)) or os.path.lexists(path_or_repo):
         raise UserError(f"model {str(path_or_repo)!r}: is not a folder; give a Hugging Face folder or a repository id such as owner/name")
     import huggingface_hub
 
@@ -67,7 +79,7 @@ def local_folder(path_or_repo: str | pathlib.Path) -> pathlib.Path:
         patterns = ["*.safetensors", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
         return pathlib.Path(huggingface_hub.snapshot_download(str(path_or_repo), allow_patterns=patterns))
     except Exception as error:  # the hub's client raises many types: offline, not found, gated, broken connection
-        reason = " ".join(str(error).split())[:200]
+        reason = files_lib.reason(error)
         raise UserError(
             f"model {str(path_or_repo)!r}: is neither a folder nor a repository that can be fetched ({reason}); correct the path"
         ) from None
@@ -81,13 +93,18 @@ def load(path_or_repo: str | pathlib.Path, *, mesh: Mesh | None = None, dtype=No
     """
     folder = local_folder(path_or_repo)
     model_config = read_config(folder)
+    files = weights.tensor_files(folder)
+    if model_config.num_layers > len(files):
+        raise UserError(
+            f"folder {folder}: config.json has num_hidden_layers = {model_config.num_layers}, but the weights are {len(files)} tensors; "
+            "correct one of them"
+        )
     specs = traverse_util.flatten_dict(transformer.param_specs(model_config), sep="/")
-    files = _tensor_files(folder)
     _check_names(folder, model_config, specs, files)
     params = {}
     for path, param in specs.items():
         name, inputs = name_in_file(path)
-        array = read_tensor(files[name], name, _shape_in_file(param.shape, inputs))
+        array = weights.read(files[name], name, _shape_in_file(param.shape, inputs))
         if inputs is not None:
             array = np.ascontiguousarray(array.T).reshape(param.shape)
         params[path] = _place(array if dtype is None else array.astype(dtype), param, mesh)
@@ -97,11 +114,11 @@ def load(path_or_repo: str | pathlib.Path, *, mesh: Mesh | None = None, dtype=No
 def read_config(folder: pathlib.Path) -> ModelConfig:
     """The ModelConfig of `folder`/config.json. Raises UserError."""
     path = folder / "config.json"
-    if (folder / "model" / "config.json").is_file():
+    if os.path.isfile(folder / "model" / "config.json"):
         raise UserError(
             f"{folder}: is a run directory, not a Hugging Face folder; write one with experiments/export_hf.py --workdir={folder} --out=DIR"
         )
-    return config_lib.from_hf(read_json(path), where=str(path))
+    return config_lib.from_hf(read_fields(path), where=str(path))
 
 
 def save(path: str | pathlib.Path, params: dict, model_config: ModelConfig, tokenizer: Any = None) -> None:
@@ -116,15 +133,12 @@ def save(path: str | pathlib.Path, params: dict, model_config: ModelConfig, toke
     assert {name: array.shape for name, array in arrays.items()} == {name: param.shape for name, param in specs.items()}, (
         "params are not of config"
     )
+    fields = config_lib.to_hf(model_config) | {"torch_dtype": str(arrays["embed"].dtype)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for old in [*folder.glob("model-*-of-*.safetensors"), folder / _INDEX, folder / _SINGLE]:
-            old.unlink(missing_ok=True)
-        fields = config_lib.to_hf(model_config) | {"torch_dtype": str(arrays["embed"].dtype)}
-        (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
-        _write_weights(folder, arrays)
-    except OSError as error:
-        raise UserError(f"folder {folder}: cannot be written ({error.strerror or error}); give another one") from None
+        _write(folder, json.dumps(fields, indent=2) + "\n", arrays)
+    except (OSError, safetensors.SafetensorError) as error:  # the latter where the disk is full
+        raise UserError(f"folder {folder}: cannot be written ({files_lib.reason(error)}); give another one") from None
     if tokenizer is not None:
         tokenizer.save(folder)
 
@@ -145,7 +159,7 @@ def _shape_in_file(shape: tuple[int, ...], inputs: int | None) -> tuple[int, ...
     return shape if inputs is None else (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
 
 
-def _check_names(folder: pathlib.Path, config: ModelConfig, specs: dict, files: dict[str, pathlib.Path]) -> None:
+def _check_names(folder: pathlib.Path, config: ModelConfig, specs: dict, files: dict[str, weights.File]) -> None:
     expected = {name_in_file(path)[0] for path in specs}
     missing = sorted(expected - files.keys())
     if missing:
@@ -163,64 +177,34 @@ def first_of(names: list[str]) -> str:
     return repr(names[0]) + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
 
 
-def _same_as_embedding(files: dict[str, pathlib.Path]) -> bool:
+def _same_as_embedding(files: dict[str, weights.File]) -> bool:
     """Whether the head that a tied checkpoint also holds is the embedding."""
     head, embedding = ("lm_head.weight", "model.embed_tokens.weight")
-    with _open(files[head]) as a, _open(files[embedding]) as b:
-        return np.array_equal(a.get_tensor(head), b.get_tensor(embedding))
+    return weights.equal(files[head], head, files[embedding], embedding)
 
 
 # ---- reading
 
 
-def read_json(path: pathlib.Path) -> dict:
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: is missing; give the folder of a Hugging Face model") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); restore it") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: must hold a JSON object, not a {type(value).__name__}; restore it")
-    return value
+def read_fields(path: pathlib.Path) -> dict[str, Any]:
+    """The fields of a config.json, none of them so large that it could not be looked at. Raises UserError."""
+    if not os.path.lexists(path):
+        raise UserError(f"{path}: is missing; give the folder of a Hugging Face model")
+    fields = files_lib.read_json(path, remedy="restore it")
+    check_fields(fields, where=str(path))
+    return fields
 
 
-def _open(path: pathlib.Path):
-    try:
-        return safetensors.safe_open(path, framework="numpy")
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read as safetensors ({error}); restore it") from None
-
-
-def tensor_names(path: pathlib.Path) -> set[str]:
-    """Names of the tensors of one safetensors file. Raises UserError."""
-    with _open(path) as file:
-        return set(file.keys())
-
-
-def _tensor_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Tensor name -> the file that holds it."""
-    if (folder / _SINGLE).is_file():
-        names = [_SINGLE]
-    elif (folder / _INDEX).is_file():
-        names = sorted(set(read_json(folder / _INDEX).get("weight_map", {}).values()))
-    else:
-        raise UserError(f"folder {folder}: holds neither {_SINGLE} nor {_INDEX}; convert its weights to safetensors")
-    files = {}
-    for name in names:
-        with _open(folder / name) as file:
-            files |= dict.fromkeys(file.keys(), folder / name)
-    return files
-
-
-def read_tensor(path: pathlib.Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    with _open(path) as file:
-        described = file.get_slice(name)
-        if tuple(described.get_shape()) != shape:
-            raise UserError(f"{path}: tensor {name!r} has shape {tuple(described.get_shape())}, but config.json asks for {shape}")
-        if described.get_dtype() not in _DTYPES:
-            raise UserError(f"{path}: tensor {name!r} is of type {described.get_dtype()}; valid: {', '.join(_DTYPES)}; convert it")
-        return file.get_tensor(name)
+def check_fields(fields: dict[str, Any], *, where: str) -> None:
+    """Refuses sizes that would fill the memory before any weight is read, and names that are not text."""
+    for name, limit in _LARGEST.items():
+        value = fields.get(name)
+        if isinstance(value, int) and value > limit:
+            raise UserError(f"{where}: {name} = {files_lib.shown(value)}: must be at most {limit}; correct it")
+    rotary = [fields[name] for name in ("rope_scaling", "rope_parameters") if isinstance(fields.get(name), dict)]
+    for name, value in [("model_type", fields.get("model_type")), *((n, r.get(n)) for r in rotary for n in ("rope_type", "type"))]:
+        if value is not None and not isinstance(value, str):
+            raise UserError(f"{where}: {name} = {files_lib.shown(value)}: must be text; correct it")
 
 
 def _place(array: np.ndarray, param: spec.ParamSpec, mesh: Mesh | None) -> jax.Array:
@@ -233,18 +217,33 @@ def _place(array: np.ndarray, param: spec.ParamSpec, mesh: Mesh | None) -> jax.A
 # ---- writing
 
 
+def _write(folder: pathlib.Path, config_text: str, arrays: dict[str, jax.Array]) -> None:
+    """All files under other names first: a full disk costs none of those that were there."""
+    unfinished = folder / ".unfinished"
+    try:
+        unfinished.mkdir(exist_ok=True)
+        (unfinished / "config.json").write_text(config_text)
+        _write_weights(unfinished, arrays)
+        for old in [*folder.glob("model-*-of-*.safetensors"), folder / weights.INDEX, folder / weights.SINGLE]:
+            old.unlink(missing_ok=True)
+        for new in unfinished.iterdir():
+            new.replace(folder / new.name)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
 def _write_weights(folder: pathlib.Path, arrays: dict[str, jax.Array]) -> None:
     groups = list(_groups(arrays))
     weight_map = {}
     for number, paths in enumerate(groups, start=1):
-        file = _SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        file = weights.SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         tensors = dict(_to_file(path, arrays[path]) for path in paths)
         safetensors.numpy.save_file(tensors, folder / file, metadata={"format": "pt"})
         (folder / file).chmod((folder / "config.json").stat().st_mode)  # safetensors writes files that nobody else may read
         weight_map |= dict.fromkeys(tensors, file)
     if len(groups) > 1:
         index = {"metadata": {"total_size": sum(a.nbytes for a in arrays.values())}, "weight_map": weight_map}
-        (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (folder / weights.INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _groups(arrays: dict[str, jax.Array]) -> Iterator[list[str]]:

@@ -10,7 +10,8 @@ import numpy as np
 import safetensors.numpy
 from flax import traverse_util
 
-from opd_jax.models import hf, lora, transformer
+from opd_jax import files
+from opd_jax.models import hf, lora, transformer, weights
 from opd_jax.models.config import ModelConfig
 from opd_jax.models.lora import LoraConfig
 from opd_jax.types import UserError
@@ -67,7 +68,7 @@ def write_config(folder: pathlib.Path, config: LoraConfig, *, base: str) -> None
 def read_config(folder: pathlib.Path) -> tuple[LoraConfig, str]:
     """(the adapter's configuration, the path or hub id of its base). Raises UserError for a field that would change the numbers."""
     path = folder / CONFIG
-    fields = hf.read_json(path)
+    fields = files.read_json(path, remedy="restore it")
 
     def refuse(name: str, remedy: str) -> UserError:
         return UserError(f"{path}: {name} = {fields.get(name)!r}: {remedy}")
@@ -95,14 +96,15 @@ def load(path: str | pathlib.Path, model_config: ModelConfig) -> tuple[dict, Lor
     file = folder / _WEIGHTS
     specs = traverse_util.flatten_dict(lora.param_specs(transformer.param_specs(model_config), config), sep="/")
     names = {f"{_module(name[:-2])}.lora_{name[-1].upper()}.weight": name for name in specs}
-    found = hf.tensor_names(file)
+    opened = weights.open_file(file)
+    found = set(opened.handle.keys())
     for label, missing in (("is missing", names.keys() - found), ("does not belong to the base model", found - names.keys())):
         if missing:
             raise UserError(f"{file}: tensor {hf.first_of(sorted(missing))} {label}; give an adapter that was made for this base")
     adapter: dict[str, Any] = {}
     for name, target in names.items():
         shape, inputs = specs[target].shape, len(specs[target].shape) - 1 if target.endswith("/a") else 1
-        array = hf.read_tensor(file, name, (math.prod(shape[inputs:]), math.prod(shape[:inputs])))
+        array = weights.read(opened, name, (math.prod(shape[inputs:]), math.prod(shape[:inputs])))
         adapter[target] = jax.device_put(np.ascontiguousarray(array.T).reshape(shape).astype(np.float32))
     return traverse_util.unflatten_dict(adapter, sep="/"), config
 

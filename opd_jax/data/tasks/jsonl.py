@@ -2,10 +2,9 @@
 
 import dataclasses
 import hashlib
-import json
-import pathlib
 from collections.abc import Sequence
 
+from opd_jax import files
 from opd_jax.data.tasks import Example, Verdict
 from opd_jax.types import UserError
 
@@ -37,17 +36,12 @@ def read(path: str, *, train_size: int, eval_size: int) -> Jsonl:
     """
     if not path:
         raise UserError("config field task.path = '' must name a file of lines with `prompt` for task.name = 'jsonl'")
-    try:
-        content = pathlib.Path(path).read_bytes()
-        lines = content.decode("utf-8-sig").split("\n")  # not at U+2028, which JSON allows in text
-    except UnicodeDecodeError as error:
-        raise UserError(f"task.path = {path!r}: is not UTF-8 at byte {error.start}; convert the file") from None
-    except OSError as error:
-        raise UserError(f"task.path = {path!r}: cannot be read ({error.strerror}); give a file of lines with `prompt`") from None
-    examples = [_example(path, number, line, index) for index, (number, line) in enumerate(_filled(lines))]
+    digest = hashlib.blake2b(digest_size=16)
+    lines = files.read_lines(path, where=f"task.path = {path!r}", remedy="give a file of lines with `prompt`", digest=digest)
+    filled = ((number, line) for number, line in lines if line.strip())
+    examples = [_example(path, number, line, index) for index, (number, line) in enumerate(filled)]
     if not examples:
         raise UserError(f"task.path = {path!r}: has no lines; give a file of lines with `prompt`")
-    digest = hashlib.blake2b(content, digest_size=16).hexdigest()
     split = len(examples) - min(eval_size, len(examples) // 2)
     held_out = examples[split:]
     seen = {example.prompt for example in held_out}
@@ -56,19 +50,16 @@ def read(path: str, *, train_size: int, eval_size: int) -> Jsonl:
         raise UserError(
             f"task.path = {path!r}: has {len(examples)} examples, {len(train)} of them to train on; lower task.train_size = {train_size}"
         )
-    return Jsonl(tuple(train[: train_size or None]), tuple(held_out), all(example.answer is not None for example in examples), digest)
-
-
-def _filled(lines: list[str]) -> list[tuple[int, str]]:
-    return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    verifiable = all(example.answer is not None for example in examples)
+    return Jsonl(tuple(train[: train_size or None]), tuple(held_out), verifiable, digest.hexdigest())
 
 
 def _example(path: str, number: int, line: str, index: int) -> Example:
     where = f"task.path = {path!r}, line {number}"
     try:
-        fields = json.loads(line)
+        fields = files.parse_json(line)
     except ValueError as error:
-        raise UserError(f"{where}: is not JSON ({error}); write one object per line") from None
+        raise UserError(f"{where}: is not JSON ({files.reason(error)}); write one object per line") from None
     if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
         raise UserError(f'{where}: has no `prompt` text; write {{"prompt": ...}}, optionally with answer and solution')
     for name in FIELDS[1:]:
