@@ -34,6 +34,8 @@ def main(argv: list[str]) -> None:
         parsed = dataclasses.replace(parsed, student=config.Student(path=WORKDIR.value))
     if OUT.value and not pathlib.Path(OUT.value).resolve().parent.is_dir():
         raise UserError(f"--out={OUT.value}: its folder does not exist; create it, or give another file")
+    if OUT.value and pathlib.Path(OUT.value).is_dir():
+        raise UserError(f"--out={OUT.value}: is a folder; give a file")
     if not parsed.eval.prompts:
         raise UserError("config field eval.prompts = 0 leaves nothing to evaluate; give --config.eval.prompts=N")
     task = tasks.make(**dataclasses.asdict(parsed.task))
@@ -51,7 +53,10 @@ def main(argv: list[str]) -> None:
     for name, value in values.items():
         print(f"{name:28} {value:.4f}")
     if OUT.value:
-        pathlib.Path(OUT.value).write_text(json.dumps(values, indent=2) + "\n")
+        try:
+            pathlib.Path(OUT.value).write_text(json.dumps(values, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"--out={OUT.value}: cannot be written ({error.strerror}); give another file") from None
 
 
 if __name__ == "__main__":

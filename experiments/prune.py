@@ -35,9 +35,12 @@ def main(argv: list[str]) -> None:
     params, teacher_config = hf.load(source)
     params, config = prune.keep_layers(params, teacher_config, keep)
     hf.save(out, params, config)
-    for name in COMPANIONS.split():
-        if (source / name).is_file():
-            shutil.copyfile(source / name, out / name)
+    try:
+        for name in COMPANIONS.split():
+            if (source / name).is_file():
+                shutil.copyfile(source / name, out / name)
+    except OSError as error:
+        raise UserError(f"--out={out}: cannot be written ({error.strerror}); give another folder") from None
     print(f"wrote {out}: layers {','.join(KEEP.value)} of {teacher_config.num_layers}")
 
 

@@ -9,12 +9,14 @@ import json
 import logging
 import os
 import pathlib
+import re
 import shutil
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from opd_jax import files
 from opd_jax.types import TrainState, UserError
 
 log = logging.getLogger(__name__)
@@ -31,7 +33,7 @@ class Checkpoints:
         """Steps of all complete entries, ascending."""
         if not self.directory.is_dir():
             return []
-        return sorted(int(entry.name) for entry in self.directory.iterdir() if entry.name.isdigit() and entry.is_dir())
+        return sorted(int(entry.name) for entry in self.directory.iterdir() if re.fullmatch(r"[0-9]{1,18}", entry.name) and entry.is_dir())
 
     def save(self, step: int, state: TrainState, info: dict[str, Any]) -> None:
         """Writes an entry, replacing one of the same step, then removes old ones. Complete when it returns. Raises UserError."""
@@ -50,8 +52,11 @@ class Checkpoints:
             temporary.rename(final)
             _flush(self.directory)
             shutil.rmtree(self.directory / f"{step}.tmp_old", ignore_errors=True)
-        except OSError as error:
-            raise UserError(f"{self.directory}: a checkpoint cannot be written ({error}); free space or give another --workdir") from None
+        except (OSError, ValueError) as error:  # the latter from what orbax writes with, where the disk is full
+            shutil.rmtree(self.directory / f"{step}.tmp", ignore_errors=True)
+            raise UserError(
+                f"{self.directory}: a checkpoint cannot be written ({files.reason(error)}); free space or give another --workdir"
+            ) from None
         for old in self.steps()[: -self._keep]:
             shutil.rmtree(self.directory / str(old), ignore_errors=True)
 
@@ -86,9 +91,9 @@ class Checkpoints:
             entry = self.directory / str(step)
             try:
                 _verify(entry)
-                return step, load(entry), json.loads((entry / "info.json").read_text())
+                return step, load(entry), _read_json(entry / "info.json")
             except (ValueError, OSError, KeyError) as error:
-                reason = " ".join(str(error).split())[:200]
+                reason = files.reason(error)
                 reasons.append(f"{step}: {reason}")
                 log.warning("checkpoint %s cannot be read (%s); trying the one before it", entry, reason)
         if steps:
@@ -113,8 +118,32 @@ def restore_params(directory: str | os.PathLike, abstract_params: dict) -> dict:
 
 
 def _load(path: pathlib.Path, abstract):
+    _check_shapes(_saved(path), abstract)
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(path, abstract)
+
+
+def _saved(path: pathlib.Path) -> dict[str, Any]:
+    """The tree of what is saved, described."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.metadata(path).item_metadata.tree
+
+
+def _check_shapes(saved: Any, abstract: Any) -> None:
+    """Raises ValueError for an array that is missing, too many or of another shape; orbax names any one of them, at great length."""
+    found, asked = _shapes(saved), _shapes(abstract)
+    for name in sorted(asked | found, key=lambda name: not name.startswith("params/")):  # what the user knows comes first
+        if name not in found:
+            raise ValueError(f"{name} is missing")
+        if name not in asked:
+            raise ValueError(f"{name} is not of this model")
+        if found[name] != asked[name]:
+            raise ValueError(f"{name} has shape {found[name]}, the model asks for {asked[name]}")
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: hasattr(leaf, "shape"))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves if hasattr(leaf, "shape")}
 
 
 def _load_params(path: pathlib.Path, abstract_params: dict) -> dict:
@@ -123,6 +152,7 @@ def _load_params(path: pathlib.Path, abstract_params: dict) -> dict:
     as_asked = lambda x: ocp.ArrayRestoreArgs(dtype=x.dtype, sharding=x.sharding or here, global_shape=x.shape, strict=True)
     item = {"params": abstract_params}
     arguments = ocp.args.PyTreeRestore(item=item, restore_args=jax.tree.map(as_asked, item), partial_restore=True)
+    _check_shapes({"params": _saved(path)["params"]}, item)
     with ocp.PyTreeCheckpointer() as checkpointer:
         return checkpointer.restore(path, args=arguments)["params"]
 
@@ -140,12 +170,22 @@ def _digests(entry: pathlib.Path) -> dict[str, str]:
 
 
 def _verify(entry: pathlib.Path) -> None:
-    expected, found = json.loads((entry / "manifest.json").read_text()), _digests(entry)
-    if not isinstance(expected, dict):
-        raise ValueError("manifest.json is damaged")
+    expected, found = _read_json(entry / "manifest.json"), _digests(entry)
+    for name in {"info.json", *(name for name in found if name.startswith("state/"))} - expected.keys():
+        raise ValueError(f"manifest.json does not list {name}")
     for name in expected:
         if found.get(name) != expected[name]:
             raise ValueError(f"{name} is {'damaged' if name in found else 'missing'}")
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Raises ValueError or OSError."""
+    if path.stat().st_size > files.MAX_JSON_BYTES:
+        raise ValueError(f"{path.name} is damaged")
+    value = files.parse_json(path.read_bytes())
+    if not isinstance(value, dict):
+        raise ValueError(f"{path.name} is damaged")
+    return value
 
 
 def _flush_to_disk(entry: pathlib.Path) -> None:

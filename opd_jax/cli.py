@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from absl import app, flags
 
-from opd_jax.types import UserError
+from opd_jax.types import UserError, one_line
 
 
 class Interrupted(Exception):
@@ -53,8 +53,10 @@ def run(main: Callable[[list[str]], None]) -> None:
 def _status(main: Callable[[list[str]], None]) -> int:
     try:
         argv = _parse_flags()
-    except SystemExit:  # --help was answered; absl's own status for it is 1
-        return 0
+    except SystemExit:
+        if _asks_for_help():  # it was answered; absl's own status for it is 1
+            return 0
+        return _refuse("--config: the file ends the program (sys.exit) instead of giving a config; correct the file")
     except Exception as error:  # absl and config files raise many types; each is a mistake on the command line or in the file
         return _refuse(_flag_message(error))
     try:
@@ -70,14 +72,28 @@ def _status(main: Callable[[list[str]], None]) -> int:
     return 0
 
 
+def _asks_for_help() -> bool:
+    return any(argument.lstrip("-").startswith(("help", "?")) for argument in sys.argv[1:])
+
+
 def _parse_flags() -> list[str]:
     app.define_help_flags()
+    _check_config_files()
     argv = flags.FLAGS(sys.argv)
     if len(argv) > 1:
         raise UserError(f"argument {argv[1]!r} is not a flag; write --name=value (--help lists them)")
     for name in flags.FLAGS:
         getattr(flags.FLAGS[name].value, "keys", None)  # a config file that could not be opened raises OSError when it is first used
     return argv
+
+
+def _check_config_files() -> None:
+    """Of a pipe or a device no end may come, so that it must not be opened."""
+    for argument, following in zip(sys.argv[1:], [*sys.argv[2:], ""], strict=True):
+        name, given, value = argument.partition("=")
+        path = (value if given else following).partition(":")[0]
+        if name in ("--config", "-config") and os.path.exists(path) and not os.path.isfile(path):
+            raise UserError(f"--config={path}: is not a file; give a config file such as configs/quickstart.py")
 
 
 def _flag_message(error: Exception) -> str:
@@ -96,5 +112,5 @@ def _flag_message(error: Exception) -> str:
 
 
 def _refuse(message: str) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    print("error: " + one_line(" ".join(message.split())), file=sys.stderr)
     return 2

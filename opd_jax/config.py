@@ -196,6 +196,8 @@ def default() -> ConfigDict:
 
 def parse(config: ConfigDict) -> Config:
     """The frozen, validated Config of a ConfigDict. Raises ConfigError."""
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"config is a {type(config).__name__}, it must be the ConfigDict of opd_jax.config.default(); correct get_config")
     parsed = _build(Config, config.to_dict(), "")
     validate(parsed)
     return parsed

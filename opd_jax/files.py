@@ -18,6 +18,10 @@ _BOM = b"\xef\xbb\xbf"
 def reason(error: BaseException) -> str:
     """What an error of the system or of a library says, short enough to be quoted."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if isinstance(error, KeyError):  # which says no more than the name
+        text = f"there is no {error}"
+    elif isinstance(error, UnicodeDecodeError):
+        text = f"it is not UTF-8 at byte {error.start}"
     text = " ".join(text.split())
     return text if len(text) <= 200 else text[:200] + "..."
 
@@ -42,14 +46,6 @@ def check_regular(path: str | os.PathLike, *, where: str, remedy: str, limit: in
         raise UserError(f"{where}: has {found.st_size} bytes, at most {limit} are read; {remedy}")
 
 
-def parse_json(text: str | bytes) -> Any:
-    """json.loads that raises nothing but ValueError, and does so for NaN, infinities, huge integers and deep nesting as well."""
-    try:
-        return json.loads(text, parse_constant=_no_number, parse_float=_finite, parse_int=_integer)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-
-
 def _no_number(name: str) -> None:
     raise ValueError(f"{name} is not a number of JSON")
 
@@ -67,11 +63,25 @@ def _integer(text: str) -> int:
     return int(text)
 
 
+_DECODER = json.JSONDecoder(parse_constant=_no_number, parse_float=_finite, parse_int=_integer)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """json.loads that raises nothing but ValueError, and does so for NaN, infinities, huge integers and deep nesting as well."""
+    try:
+        return _DECODER.decode(text if isinstance(text, str) else text.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def read_json(path: str | os.PathLike, *, remedy: str) -> dict[str, Any]:
     """The object of a JSON file in UTF-8. Raises UserError that names the file."""
     check_regular(path, where=str(path), remedy=remedy, limit=MAX_JSON_BYTES)
     try:
-        value = parse_json(pathlib.Path(path).read_bytes().decode("utf-8-sig"))
+        content = pathlib.Path(path).read_bytes()
+        if content.startswith(_BOM):  # other readers of the file would stumble over it
+            raise ValueError("it begins with a byte-order mark")
+        value = parse_json(content)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({reason(error)}); {remedy}") from None
     if not isinstance(value, dict):

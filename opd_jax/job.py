@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from opd_jax import checkpoint, learner, metrics, model_io, parallel, rollout, teachers
+from opd_jax import checkpoint, files, learner, metrics, model_io, parallel, rollout, teachers
 from opd_jax import config as config_lib
 from opd_jax import objective as objective_lib
 from opd_jax.config import Config
@@ -64,6 +64,8 @@ def setup(parsed: Config, workdir: str | os.PathLike, *, make_model: Callable[[s
 
     Raises UserError for a config, folder, model, tokenizer or data file that cannot be used.
     """
+    if not os.fspath(workdir):
+        raise UserError("--workdir='' is no folder; give the folder of the run")
     asked, workdir = parsed, pathlib.Path(workdir)
     objective = objective_lib.from_config(parsed, has_teacher=bool(parsed.teacher.path or parsed.teacher.recipe))
     check_workdir(workdir, asked)
@@ -88,7 +90,7 @@ def setup(parsed: Config, workdir: str | os.PathLike, *, make_model: Callable[[s
     student = student if student.lora else dataclasses.replace(student, params={})
     writer = metrics.MetricsWriter(workdir)
     writer.truncate_after(step if resumed else -1)
-    _describe_run(workdir, asked, student, base=parsed.student.path)
+    _describe_run(workdir, asked, student, base=parsed.student.path, resumed=resumed)
     return Job(
         config=parsed,
         workdir=workdir,
@@ -115,20 +117,22 @@ def check_workdir(workdir: pathlib.Path, config: Config) -> None:
     """Creates the folder, or refuses one that cannot be written or that holds a run with another config."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--workdir={workdir}: cannot be created ({error.strerror}); give a folder that can be written") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise UserError(f"--workdir={workdir}: cannot be created ({files.reason(error)}); give a folder that can be written") from None
     if not os.access(workdir, os.W_OK | os.X_OK):
         raise UserError(f"--workdir={workdir}: is not writable; give another folder or change its permissions")
     path = workdir / "config.json"
-    begun = any((workdir / name).exists() for name in ("metrics.jsonl", "checkpoints"))
-    if not path.exists():
-        if begun:
-            raise UserError(f"--workdir={workdir}: holds a run without its config.json; give another folder, or restore the file")
+    if not os.path.lexists(path):
+        found = [name for name in ("metrics.jsonl", "samples.jsonl", "checkpoints", "model") if os.path.lexists(workdir / name)]
+        if found:
+            raise UserError(f"--workdir={workdir}: holds {found[0]} but no config.json; give another folder, or restore the file")
         return
-    try:
-        previous = config_lib.flatten(json.loads(path.read_text()))
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); give another --workdir, or restore the file") from None
+    remedy = "give another --workdir, or restore the file"
+    previous = config_lib.flatten(files.read_json(path, remedy=remedy))
+    if not isinstance(previous.get("steps"), int):
+        raise UserError(f"{path}: is not the config of a run (steps = {files.shown(previous.get('steps'))}); {remedy}")
+    if (workdir / "checkpoints").exists() and not (workdir / "checkpoints").is_dir():
+        raise UserError(f"{workdir / 'checkpoints'}: is not a folder; give another --workdir, or restore it")
     changed = config_lib.differences(previous, dataclasses.asdict(config))
     if changed:
         raise UserError(
@@ -136,22 +140,25 @@ def check_workdir(workdir: pathlib.Path, config: Config) -> None:
         )
     if config.steps > previous["steps"] and not config.learner.decay_steps:
         log.warning("steps grow from %d to %d: the schedule is now stretched; set learner.decay_steps", previous["steps"], config.steps)
-    records = workdir / "metrics.jsonl"
-    trained = records.exists() and any(record["step"] > 0 for record in metrics.read(records))
+    records, samples = (metrics.read(p) if os.path.lexists(p) else [] for p in (workdir / "metrics.jsonl", workdir / "samples.jsonl"))
+    trained = any(record["step"] > 0 for record in [*records, *samples])
     if trained and not checkpoint.Checkpoints(workdir / "checkpoints").steps():
         raise UserError(f"{workdir / 'checkpoints'}: is empty, but metrics.jsonl shows updates; restore it, or give another --workdir")
 
 
-def _describe_run(workdir: pathlib.Path, config: Config, student: LoadedModel, *, base: str) -> None:
-    """Writes config.json and model/ where they are missing or out of date."""
+def _describe_run(workdir: pathlib.Path, config: Config, student: LoadedModel, *, base: str, resumed: bool) -> None:
+    """Writes config.json and model/ where they are missing or out of date. Raises UserError."""
     text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-    path = workdir / "config.json"
-    if not path.exists() or path.read_text() != text:
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(text)
-        temporary.replace(path)
-    if not model_io.is_run_directory(workdir):
-        model_io.describe(workdir, student, base)
+    path, temporary = workdir / "config.json", workdir / "config.tmp"
+    try:
+        if not path.exists() or path.read_text() != text:
+            temporary.write_text(text)
+            temporary.replace(path)
+        if not (resumed and model_io.is_run_directory(workdir)):
+            model_io.describe(workdir, student, base)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"--workdir={workdir}: cannot be written ({files.reason(error)}); free space, or give another folder") from None
 
 
 def _warn_of_other_laws(config: Config) -> None:
@@ -238,6 +245,15 @@ def _init_adapter(student: LoadedModel, seed: int, mesh: Mesh) -> dict:
 def _restore(checkpoints, student, optimizer, mesh, identity: dict, config: Config) -> tuple[TrainState, int, dict]:
     params = spec.abstract(_trained_specs(student), jnp.float32, mesh)
     step, state, info = checkpoints.restore(learner.abstract_state(params, optimizer))
+    kinds = {"base_hash": str, "teacher_hash": str, "data_hash": str, "tokens_total": int, "seconds": (int, float)}
+    for name, kind in kinds.items():
+        if not isinstance(info.get(name), kind):
+            raise UserError(
+                f"{checkpoints.directory / str(step)}: info.json has {name} = {files.shown(info.get(name))}; restore it, or "
+                "give another --workdir"
+            )
+    if int(state.step) != step:
+        raise UserError(f"{checkpoints.directory / str(step)}: holds the state after {int(state.step)} updates; rename it back")
     if info["base_hash"] != identity["base_hash"]:
         raise UserError(
             f"student.path = {config.student.path!r}: its weights are not those this run began with; restore them or give another --workdir"

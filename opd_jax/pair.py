@@ -16,8 +16,9 @@ from opd_jax.data import tokenizer as tokenizer_lib
 from opd_jax.data.pipeline import Encoder
 from opd_jax.model_io import LoadedModel
 from opd_jax.models import config as model_config_lib
-from opd_jax.models import lora, transformer
+from opd_jax.models import hf, lora, spec, transformer
 from opd_jax.models.lora import LoraConfig
+from opd_jax.types import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +87,17 @@ def _random_student(config: Config, mesh: Mesh) -> LoadedModel:
         "eos_token_id": list(tokenizer.eos_ids),
         "pad_token_id": tokenizer.pad_id,
     }
+    hf.check_fields(fields, where="student.init")
     model_config = model_config_lib.from_hf(fields, where="student.init")
     key = jax.random.fold_in(jax.random.key(config.seed), 0x1A17)
-    return LoadedModel(transformer.init(key, model_config, mesh=mesh), model_config, tokenizer)
+    try:
+        params = transformer.init(key, model_config, mesh=mesh)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        size = spec.count(transformer.param_specs(model_config))
+        raise UserError(f"student.init: {size} parameters do not fit into the memory; lower hidden_size or num_hidden_layers") from None
+    return LoadedModel(params, model_config, tokenizer)
 
 
 def _make_encoders(config: Config, student: LoadedModel, teacher: LoadedModel | None) -> tuple[Encoder, Encoder | None]:

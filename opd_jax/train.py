@@ -82,8 +82,9 @@ def load_config(name: str):
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        return module.get_config(arg or None)
+        config = module.get_config(arg or None)
     except UserError:
         raise
-    except Exception as error:  # a config file is the user's code
+    except (Exception, SystemExit) as error:  # a config file is the user's code
         raise ConfigError(f"recipe {name!r}: {path} cannot be loaded ({type(error).__name__}: {error}); correct the file") from error
+    return config

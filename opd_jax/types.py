@@ -16,10 +16,13 @@ MESSAGE_LENGTH = 2000  # characters of an error message
 
 def one_line(text: str) -> str:
     """Text for a message: what does not print (line breaks, terminal codes, reversed text) is escaped, the middle of a long one dropped."""
-    if len(text) > MESSAGE_LENGTH:
-        begin, end = MESSAGE_LENGTH * 3 // 5, MESSAGE_LENGTH * 2 // 5
-        text = f"{text[:begin]} ... {text[-end:]}"
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+    return _shortened("".join(char if char.isprintable() else repr(char)[1:-1] for char in _shortened(text)))
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= MESSAGE_LENGTH:
+        return text
+    return f"{text[: MESSAGE_LENGTH * 3 // 5]} ... {text[5 - MESSAGE_LENGTH * 2 // 5 :]}"
 
 
 class UserError(ValueError):

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 
 from opd_jax import config as config_lib
-from opd_jax import metrics
+from opd_jax import files, metrics
 from opd_jax.analysis import plots
 from opd_jax.types import UserError
 
@@ -65,7 +65,7 @@ def read_runs(workdirs: Sequence[str | os.PathLike]) -> list[Run]:
 def _read_run(path: pathlib.Path, name: str) -> Run:
     if not (path / "config.json").is_file():
         raise UserError(f"--workdir={path}: is not a run directory (config.json is missing); give the --workdir of a training run")
-    config = config_lib.flatten(json.loads((path / "config.json").read_text()))
+    config = config_lib.flatten(files.read_json(path / "config.json", remedy="restore the file, or give another --workdir"))
     records, samples = (metrics.read(path / name) if (path / name).exists() else [] for name in ("metrics.jsonl", "samples.jsonl"))
     return Run(name, config, records, samples)
 

@@ -22,18 +22,10 @@ PROBES = (
 
 _REMEDY = "download the folder again"
 # What transformers reads of a folder; a pipe, a device or an enormous file in their places is refused before.
-_READ = [
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "processor_config.json",
-]
+_READ = (
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json", "processor_config.json"),
+)
 _MAX_VOCABULARY = 2**22  # an embedding has a row for each id up to the highest
 
 

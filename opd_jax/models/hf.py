@@ -94,9 +94,9 @@ def load(path_or_repo: str | pathlib.Path, *, mesh: Mesh | None = None, dtype=No
     folder = local_folder(path_or_repo)
     model_config = read_config(folder)
     files = weights.tensor_files(folder)
-    if model_config.num_layers > len(files):
+    if model_config.num_layers > len(files):  # each layer would be described before the first is missed
         raise UserError(
-            f"folder {folder}: config.json has num_hidden_layers = {model_config.num_layers}, but the weights are {len(files)} tensors; "
+            f"folder {folder}: config.json has num_hidden_layers = {model_config.num_layers}, the weights have {len(files)} tensors; "
             "correct one of them"
         )
     specs = traverse_util.flatten_dict(transformer.param_specs(model_config), sep="/")
