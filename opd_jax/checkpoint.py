@@ -171,8 +171,9 @@ def _digests(entry: pathlib.Path) -> dict[str, str]:
 
 def _verify(entry: pathlib.Path) -> None:
     expected, found = _read_json(entry / "manifest.json"), _digests(entry)
-    for name in {"info.json", *(name for name in found if name.startswith("state/"))} - expected.keys():
-        raise ValueError(f"manifest.json does not list {name}")
+    for name in sorted(found):
+        if name not in expected and (name == "info.json" or name.startswith("state/")):
+            raise ValueError(f"manifest.json does not list {name}")
     for name in expected:
         if found.get(name) != expected[name]:
             raise ValueError(f"{name} is {'damaged' if name in found else 'missing'}")
