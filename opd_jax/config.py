@@ -156,8 +156,9 @@ class Log:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    name: str = "arithmetic"  # arithmetic, jsonl or unconditional
-    path: str = ""  # file of task.name=jsonl
+    name: str = "arithmetic"  # arithmetic, jsonl, math, text, tooluse or unconditional
+    path: str = ""  # file of lines of jsonl, math, text and tooluse
+    metric: str = "rouge"  # reward of task.name=text: rouge or bleu
     level: int = 12  # digits of an arithmetic prompt
     train_size: int = 0  # prompts to train on, drawn again and again; 0: as many as the task has (arithmetic: unlimited)
     eval_size: int = 64  # prompts held out from training; of a file at most half of its lines
@@ -376,6 +377,7 @@ def validate(config: Config) -> None:
     check_choice("rollout.source", config.rollout.source, ("student", "teacher", "dataset"))
     check_choice("rollout.overlong", config.rollout.overlong, ("refuse", "truncate"))
     check_choice("rollout.stop", config.rollout.stop, ("same", "union"))
+    check_choice("task.metric", config.task.metric, ("rouge", "bleu"))
     check_choice("loss.normaliser", config.loss.normaliser, ("token_mean", "sequence_mean", "sequence_sum", "constant"))
     check_choice("learner.schedule", config.learner.schedule, ("constant", "linear", "cosine"))
     check_choice("model.compute_dtype", config.model.compute_dtype, ("float32", "bfloat16"))

@@ -12,7 +12,7 @@ from opd_jax.types import UserError
 
 
 def make(name="arithmetic", **changes):
-    return tasks.make(name, **({"path": "", "level": 12, "train_size": 0, "eval_size": 64, "seed": 0} | changes))
+    return tasks.make(name, **({"path": "", "level": 12, "metric": "rouge", "train_size": 0, "eval_size": 64, "seed": 0} | changes))
 
 
 @given(st.text("0123456789", min_size=1, max_size=30))
@@ -113,7 +113,7 @@ def test_the_digest_tells_files_apart(tmp_path):
 
 BROKEN = {
     "no JSON": ('{"prompt": "a"', "line 2: is not JSON"),
-    "a list": ("[1]", "line 2: has no `prompt` text"),
+    "a list": ("[1]", "line 2: has no `prompt`, but is a list; write one object per line"),
     "no prompt": ('{"question": "a"}', "line 2: has no `prompt` text"),
     "prompt of another type": ('{"prompt": 3}', "line 2: has no `prompt` text"),
     "half a surrogate pair": ('{"prompt": "\\ud800x"}', "line 2: `prompt` holds half of a surrogate pair"),

@@ -41,13 +41,16 @@ class Task(Protocol):
         ...
 
 
-def make(name: str, *, path: str, level: int, train_size: int, eval_size: int, seed: int) -> Task:
+def make(name: str, *, path: str, level: int, metric: str, train_size: int, eval_size: int, seed: int) -> Task:
     """The task of a config's `task` block. Raises UserError for an unknown name, or for data that cannot be used."""
-    from opd_jax.data.tasks import arithmetic, jsonl, unconditional
+    from opd_jax.data.tasks import arithmetic, jsonl, math, text, tooluse, unconditional
 
     makers: dict[str, Callable[[], Task]] = {
         "arithmetic": lambda: arithmetic.Arithmetic(level=level, train_size=train_size, eval_size=eval_size, seed=seed),
         "jsonl": lambda: jsonl.read(path, train_size=train_size, eval_size=eval_size),
+        "math": lambda: math.read(path, train_size=train_size, eval_size=eval_size),
+        "text": lambda: text.read(path, metric=metric, train_size=train_size, eval_size=eval_size),
+        "tooluse": lambda: tooluse.read(path, train_size=train_size, eval_size=eval_size),
         "unconditional": lambda: unconditional.Unconditional(train_size=train_size, eval_size=eval_size),
     }
     check_choice("task.name", name, tuple(makers))

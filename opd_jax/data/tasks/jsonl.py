@@ -1,26 +1,24 @@
 """A user's file: one JSON object per line with `prompt`, optionally `answer` (to verify) and `solution` (to learn from)."""
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 
-from opd_jax import files
-from opd_jax.data.tasks import Example, Verdict
+from opd_jax.data.tasks import Example, Verdict, lines
 from opd_jax.types import UserError
-
-FIELDS = ("prompt", "answer", "solution")
 
 
 @dataclasses.dataclass(frozen=True)
 class Jsonl:
-    train: tuple[Example, ...]
-    held_out: tuple[Example, ...]
+    split: lines.Split
     verifiable: bool  # every line has an answer
-    digest: str
     name = "jsonl"
 
+    @property
+    def digest(self) -> str:
+        return self.split.digest
+
     def examples(self, split: str) -> Sequence[Example]:
-        return {"train": self.train, "eval": self.held_out}[split]
+        return self.split.examples(split)
 
     def verify(self, example: Example, text: str) -> Verdict:
         """Exact match with `answer`, up to white space at the ends."""
@@ -30,44 +28,13 @@ class Jsonl:
 
 
 def read(path: str, *, train_size: int, eval_size: int) -> Jsonl:
-    """Reads a file; the last `eval_size` lines, at most half of them, are held out; `train_size` (0: all) of the others are trained on.
-
-    A prompt that is held out is never trained on, also where it stands on several lines. Raises UserError.
-    """
-    if not path:
-        raise UserError("config field task.path = '' must name a file of lines with `prompt` for task.name = 'jsonl'")
-    digest = hashlib.blake2b(digest_size=16)
-    lines = files.read_lines(path, where=f"task.path = {path!r}", remedy="give a file of lines with `prompt`", digest=digest)
-    filled = ((number, line) for number, line in lines if line.strip())
-    examples = [_example(path, number, line, index) for index, (number, line) in enumerate(filled)]
-    if not examples:
-        raise UserError(f"task.path = {path!r}: has no lines; give a file of lines with `prompt`")
-    split = len(examples) - min(eval_size, len(examples) // 2)
-    held_out = examples[split:]
-    seen = {example.prompt for example in held_out}
-    train = [example for example in examples[:split] if example.prompt not in seen]
-    if len(train) < train_size:
-        raise UserError(
-            f"task.path = {path!r}: has {len(examples)} examples, {len(train)} of them to train on; lower task.train_size = {train_size}"
-        )
-    verifiable = all(example.answer is not None for example in examples)
-    return Jsonl(tuple(train[: train_size or None]), tuple(held_out), verifiable, digest.hexdigest())
+    """Reads a file; see lines.read for what is held out. Raises UserError."""
+    split = lines.read(path, task="jsonl", holds="`prompt`", make=_example, train_size=train_size, eval_size=eval_size)
+    return Jsonl(split, all(example.answer is not None for example in (*split.train, *split.held_out)))
 
 
-def _example(path: str, number: int, line: str, index: int) -> Example:
-    where = f"task.path = {path!r}, line {number}"
-    try:
-        fields = files.parse_json(line)
-    except ValueError as error:
-        raise UserError(f"{where}: is not JSON ({files.reason(error)}); write one object per line") from None
-    if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
-        raise UserError(f'{where}: has no `prompt` text; write {{"prompt": ...}}, optionally with answer and solution')
-    for name in FIELDS[1:]:
-        value = fields.get(name)
-        if value is not None and (not isinstance(value, str | int | float) or isinstance(value, bool)):
-            raise UserError(f"{where}: `{name}` is {type(value).__name__}, it must be text or a number")
-    answer, solution = (None if fields.get(name) is None else str(fields[name]) for name in FIELDS[1:])
-    for name, text in (("prompt", fields["prompt"]), ("answer", answer), ("solution", solution)):
-        if text is not None and any("\ud800" <= char <= "\udfff" for char in text):
-            raise UserError(f"{where}: `{name}` holds half of a surrogate pair, which is no text; write the character itself")
-    return Example(id=index, prompt=fields["prompt"], solution=solution if solution is not None else answer, answer=answer)
+def _example(line: lines.Line, index: int) -> Example:
+    prompt = line.fields.get("prompt")
+    if not isinstance(prompt, str):
+        raise UserError(f'{line.where}: has no `prompt` text; write {{"prompt": ...}}, optionally with answer and solution')
+    return Example(id=index, prompt=line.required("prompt"), solution=line.text("solution", "answer"), answer=line.text("answer"))
