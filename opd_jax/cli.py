@@ -99,8 +99,10 @@ def _check_config_files() -> None:
 def _flag_message(error: Exception) -> str:
     if isinstance(error, OSError):
         return f"--config: the file cannot be loaded ({str(error).splitlines()[-1].strip()}); give an existing file"
-    if "Traceback" in str(error):  # ml_collections wraps what a config file raised into a text with its traceback
-        return str(error).strip().splitlines()[-1].split("Error: ", 1)[-1]
+    if "Traceback" in str(error):  # ml_collections wraps what a config file raised into a text with its traceback, whose lines are indented
+        raised = re.split(r"^ .*\n", str(error).strip(), flags=re.MULTILINE)[-1]
+        mistake = re.match(r"[\w.]*\b(?:ConfigError|UserError): ", raised)
+        return raised[mistake.end() :] if mistake else f"--config: the file cannot be loaded ({raised}); correct the file"
     if isinstance(error, UserError | flags.Error):
         return str(error)
     if isinstance(error, KeyError | AttributeError):  # ml_collections: a field that does not exist, quoted once or twice

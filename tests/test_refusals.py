@@ -290,7 +290,12 @@ def one_of(case):
 SCRIPTS = {
     "hostile weights": (*one_of("weights: header claims 2^60 bytes"), "train.py", (QUICK, NEW, "--config.student.path=ROOM/model")),
     "a pipe for data": (*one_of("data: a pipe for data"), "train.py", (QUICK, NEW, *OWN_DATA)),
-    "a config that raises": (text("own.py", "raise OSError('a\\nb')"), "a b", "train.py", (OWN, NEW)),
+    "a config that raises": (
+        text("own.py", "raise ValueError('a\\nb')"),
+        "--config: the file cannot be loaded (ValueError: a b); correct the file",
+        "train.py",
+        (OWN, NEW),
+    ),
     "a config that exits": (
         text("own.py", "raise SystemExit(0)"),
         "--config: the file ends the program (sys.exit) instead of giving a config; correct the file",
@@ -304,8 +309,8 @@ SCRIPTS = {
         (OWN, NEW),
     ),
     "a config without fields": (
-        text("own.py", "def get_config():\n  return None"),
-        "config is a NoneType, it must be the ConfigDict of opd_jax.config.default(); correct get_config",
+        text("own.py", "def get_config():\n  return {}"),
+        "config is a dict, it must be the ConfigDict of opd_jax.config.default(); correct get_config",
         "train.py",
         (OWN, NEW),
     ),
