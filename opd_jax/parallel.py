@@ -6,6 +6,7 @@ code states shardings at a few named points and the compiler propagates them. Wi
 
 import dataclasses
 import logging
+from collections.abc import Callable
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -26,6 +27,7 @@ class Rules:
     kv_heads: str | None = "tensor"
     head_dim: str | None = None
     ffn: str | None = "tensor"
+    expert: str | None = None  # a device holds a slice of every expert's width, so that no routing leaves it idle, and no token travels
     length: str | None = None
     act_embed: str | None = None
 
@@ -93,6 +95,19 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(mesh, logical_axes, x.shape))
+
+
+def over_rows(function: Callable, x_B: jax.Array, weights):
+    """`function(x_B, weights)`, where each device reads the rows that it holds alone; `x_B` and the result have the batch as first axis.
+
+    For functions that treat rows alike but mix them, such as sorting tokens. Without a mesh just the function.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function(x_B, weights)
+    rows = PartitionSpec(partition_spec(mesh, ("batch",) + (None,) * (x_B.ndim - 1), x_B.shape)[0])
+    manual = set(RULES.batch)
+    return jax.shard_map(function, in_specs=(rows, PartitionSpec()), out_specs=rows, axis_names=manual)(x_B, weights)
 
 
 def shard_batch(tree, mesh: Mesh):

@@ -24,6 +24,28 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+# Softcaps and windows small enough to be seen in tiny models.
+WINDOW = {"use_sliding_window": True, "sliding_window": 5}
+EXPERTS = {"head_dim": 16, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+GEMMA2 = {
+    "model_type": "gemma2",
+    "head_dim": 8,
+    "query_pre_attn_scalar": 20,
+    "sliding_window": 5,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 3.0,
+    "tie_word_embeddings": True,
+}
+GEMMA3 = {
+    "model_type": "gemma3_text",
+    "head_dim": 8,
+    "query_pre_attn_scalar": 5,
+    "num_hidden_layers": 3,
+    "sliding_window": 5,
+    "rope_theta": 700.0,
+    "rope_local_base_freq": 50.0,
+    "tie_word_embeddings": True,
+}
 # One model for every choice that changes the numbers.
 CASES = {
     "llama": {"model_type": "llama"},
@@ -38,23 +60,52 @@ CASES = {
     "qwen2-tied": {"model_type": "qwen2", "tie_word_embeddings": True, "num_key_value_heads": 1},
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
     "qwen3-biases": {"model_type": "qwen3", "head_dim": 16, "attention_bias": True, "tie_word_embeddings": True},
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+    "mistral-window": {"model_type": "mistral", "sliding_window": 5, "head_dim": 6, "tie_word_embeddings": True},
+    "qwen2-window": {"model_type": "qwen2", "max_window_layers": 1} | WINDOW,
+    "qwen3-window": {"model_type": "qwen3", "head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]} | WINDOW,
+    "qwen3_moe": {"model_type": "qwen3_moe"} | EXPERTS,
+    "qwen3_moe-some-layers": {
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": 4,
+        "decoder_sparse_step": 2,
+        "mlp_only_layers": [1],
+        "norm_topk_prob": True,
+        "tie_word_embeddings": True,
+    }
+    | EXPERTS
+    | {"num_experts_per_tok": 3},
+    "qwen3_moe-window": {"model_type": "qwen3_moe", "attention_bias": True} | EXPERTS | WINDOW,
+    "gemma2": GEMMA2,
+    "gemma2-no-caps": GEMMA2
+    | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "attention_bias": True, "tie_word_embeddings": False}
+    | {"layer_types": ["full_attention", "sliding_attention"]},
+    "gemma3": GEMMA3 | {"sliding_window_pattern": 2},
+    "gemma3-linear": GEMMA3
+    | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "final_logit_softcapping": 3.0, "num_hidden_layers": 7},
+    "gemma3-rope-parameters": GEMMA3
+    | {"rope_theta": None, "rope_local_base_freq": None, "layer_types": ["full_attention", "full_attention", "sliding_attention"]}
+    | {"rope_parameters": {"full_attention": LLAMA3 | {"rope_theta": 900.0}, "sliding_attention": {"rope_theta": 40.0}}},
 }
+# A null here takes the field out of the case; elsewhere it is the field's value.
+_LEFT_OUT = ("rope_theta", "rope_local_base_freq")
 
 
 def fields_of(name: str) -> dict:
     """The config.json of a case."""
-    return {key: value for key, value in (BASE | CASES[name]).items() if value is not None}
+    return {key: value for key, value in (BASE | CASES[name]).items() if value is not None or key not in _LEFT_OUT}
 
 
 def make_model(fields: dict, seed: int = 0, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
     """A model whose every parameter, norms and biases too, is drawn at random and large enough to be seen in the logits."""
     fields = copy.deepcopy(fields)  # transformers writes into the rotary fields
+    norm = 0 if fields["model_type"].startswith("gemma") else 1
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(fields.pop("model_type"), **fields))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.3 * noise)
+            parameter.copy_(norm + 0.3 * noise if "norm" in name else 0.3 * noise)
     return model.to(dtype).eval()
 
 

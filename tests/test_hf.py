@@ -276,7 +276,7 @@ def test_both_spellings_of_the_rotary_fields_agree():
 
 
 BAD_FIELDS = {
-    "unknown family": ({"model_type": "gpt2"}, "model_type = 'gpt2'.*llama, qwen2, qwen3"),
+    "unknown family": ({"model_type": "gpt2"}, "model_type = 'gpt2'.*llama, mistral, qwen2, qwen3, qwen3_moe, gemma2, gemma3_text"),
     "no family": ({"model_type": None}, "model_type = None"),
     "another head": ({"architectures": ["LlamaForSequenceClassification"]}, "architectures.*LlamaForCausalLM"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act = 'gelu'.*silu"),

@@ -38,7 +38,7 @@ _LARGEST = {"num_hidden_layers": 10_000} | dict.fromkeys(
 )
 
 # Our name inside a layer -> (its name in a checkpoint, how many leading axes of ours are inputs; None = stored as it is).
-# Linear weights lie there as [outputs, inputs], with the heads merged.
+# Linear weights lie there as [outputs, inputs], with the heads merged, and a layer's experts one by one.
 _LAYER = {
     "attention/norm": ("input_layernorm.weight", None),
     "attention/q": ("self_attn.q_proj.weight", 1),
@@ -52,6 +52,10 @@ _LAYER = {
     "attention/q_norm": ("self_attn.q_norm.weight", None),
     "attention/k_norm": ("self_attn.k_norm.weight", None),
     "mlp/norm": ("post_attention_layernorm.weight", None),
+    "mlp/router": ("mlp.gate.weight", 1),
+    "mlp/expert_gate": ("mlp.experts.{expert}.gate_proj.weight", 1),
+    "mlp/expert_up": ("mlp.experts.{expert}.up_proj.weight", 1),
+    "mlp/expert_down": ("mlp.experts.{expert}.down_proj.weight", 1),
     "mlp/gate": ("mlp.gate_proj.weight", 1),
     "mlp/up": ("mlp.up_proj.weight", 1),
     "mlp/down": ("mlp.down_proj.weight", 1),
@@ -59,6 +63,13 @@ _LAYER = {
     "mlp/up_bias": ("mlp.up_proj.bias", None),
     "mlp/down_bias": ("mlp.down_proj.bias", None),
 }
+# The same name means another norm where there are norms behind the blocks too.
+_POST_NORMS = {
+    "attention/post_norm": ("post_attention_layernorm.weight", None),
+    "mlp/norm": ("pre_feedforward_layernorm.weight", None),
+    "mlp/post_norm": ("post_feedforward_layernorm.weight", None),
+}
+_EXPERT = "/expert_"  # in the paths of parameters that begin with an axis of experts
 _OUTSIDE = {"embed": ("model.embed_tokens.weight", None), "final_norm": ("model.norm.weight", None), "unembed": ("lm_head.weight", 1)}
 # A table of the rotary frequencies, which old checkpoints hold and config.json determines.
 _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -103,10 +114,7 @@ def load(path_or_repo: str | pathlib.Path, *, mesh: Mesh | None = None, dtype=No
     _check_names(folder, model_config, specs, files)
     params = {}
     for path, param in specs.items():
-        name, inputs = name_in_file(path)
-        array = weights.read(files[name], name, _shape_in_file(param.shape, inputs))
-        if inputs is not None:
-            array = np.ascontiguousarray(array.T).reshape(param.shape)
+        array = _from_files(files, path, param.shape, model_config)
         params[path] = _place(array if dtype is None else array.astype(dtype), param, mesh)
     return traverse_util.unflatten_dict(params, sep="/"), model_config
 
@@ -136,7 +144,7 @@ def save(path: str | pathlib.Path, params: dict, model_config: ModelConfig, toke
     fields = config_lib.to_hf(model_config) | {"torch_dtype": str(arrays["embed"].dtype)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder, json.dumps(fields, indent=2) + "\n", arrays)
+        _write(folder, json.dumps(fields, indent=2) + "\n", arrays, model_config)
     except (OSError, safetensors.SafetensorError) as error:  # the latter where the disk is full
         raise UserError(f"folder {folder}: cannot be written ({files_lib.reason(error)}); give another one") from None
     if tokenizer is not None:
@@ -146,13 +154,15 @@ def save(path: str | pathlib.Path, params: dict, model_config: ModelConfig, toke
 # ---- names
 
 
-def name_in_file(path: str) -> tuple[str, int | None]:
-    """`layers/3/mlp/up` -> ("model.layers.3.mlp.up_proj.weight", number of input axes)."""
+def _names_in_file(path: str, config: ModelConfig) -> tuple[list[str], int | None]:
+    """`layers/3/mlp/up` -> (["model.layers.3.mlp.up_proj.weight"], number of input axes); one name per expert for experts."""
     if path in _OUTSIDE:
-        return _OUTSIDE[path]
+        name, inputs = _OUTSIDE[path]
+        return [name], inputs
     _, layer, rest = path.split("/", 2)
-    name, inputs = _LAYER[rest]
-    return f"model.layers.{layer}.{name}", inputs
+    name, inputs = (_LAYER | _POST_NORMS)[rest] if config.traits.post_norms else _LAYER[rest]
+    experts = range(config.num_experts) if _EXPERT in path else [None]
+    return [f"model.layers.{layer}.{name.format(expert=expert)}" for expert in experts], inputs
 
 
 def _shape_in_file(shape: tuple[int, ...], inputs: int | None) -> tuple[int, ...]:
@@ -160,20 +170,20 @@ def _shape_in_file(shape: tuple[int, ...], inputs: int | None) -> tuple[int, ...
 
 
 def _check_names(folder: pathlib.Path, config: ModelConfig, specs: dict, files: dict[str, weights.File]) -> None:
-    expected = {name_in_file(path)[0] for path in specs}
+    expected = {name for path in specs for name in _names_in_file(path, config)[0]}
     missing = sorted(expected - files.keys())
     if missing:
-        raise UserError(f"folder {folder}: tensor {first_of(missing)} is missing from the weights; restore them, or correct config.json")
+        raise UserError(f"folder {folder}: tensor {_first(missing)} is missing from the weights; restore them, or correct config.json")
     unused = {name for name in files.keys() - expected if not _DERIVED.fullmatch(name)}
     if config.tie_word_embeddings and "lm_head.weight" in unused and _same_as_embedding(files):
         unused.remove("lm_head.weight")
     if unused:
         raise UserError(
-            f"folder {folder}: tensor {first_of(sorted(unused))} in the weights is not used by the model of config.json; correct either"
+            f"folder {folder}: tensor {_first(sorted(unused))} in the weights is not used by the model of config.json; correct either"
         )
 
 
-def first_of(names: list[str]) -> str:
+def _first(names: list[str]) -> str:
     return repr(names[0]) + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
 
 
@@ -207,6 +217,15 @@ def check_fields(fields: dict[str, Any], *, where: str) -> None:
             raise UserError(f"{where}: {name} = {files_lib.shown(value)}: must be text; correct it")
 
 
+def _from_files(files: dict[str, weights.File], path: str, shape: tuple[int, ...], config: ModelConfig) -> np.ndarray:
+    """One of our parameters, in our layout."""
+    names, inputs = _names_in_file(path, config)
+    one = shape[1:] if _EXPERT in path else shape
+    arrays = [weights.read(files[name], name, _shape_in_file(one, inputs)) for name in names]
+    arrays = arrays if inputs is None else [np.ascontiguousarray(array.T).reshape(one) for array in arrays]
+    return np.stack(arrays) if _EXPERT in path else arrays[0]
+
+
 def _place(array: np.ndarray, param: spec.ParamSpec, mesh: Mesh | None) -> jax.Array:
     if mesh is None:
         return jax.device_put(array)
@@ -217,13 +236,13 @@ def _place(array: np.ndarray, param: spec.ParamSpec, mesh: Mesh | None) -> jax.A
 # ---- writing
 
 
-def _write(folder: pathlib.Path, config_text: str, arrays: dict[str, jax.Array]) -> None:
+def _write(folder: pathlib.Path, config_text: str, arrays: dict[str, jax.Array], config: ModelConfig) -> None:
     """All files under other names first: a full disk costs none of those that were there."""
     unfinished = folder / ".unfinished"
     try:
         unfinished.mkdir(exist_ok=True)
         (unfinished / "config.json").write_text(config_text)
-        _write_weights(unfinished, arrays)
+        _write_weights(unfinished, arrays, config)
         for old in [*folder.glob("model-*-of-*.safetensors"), folder / weights.INDEX, folder / weights.SINGLE]:
             old.unlink(missing_ok=True)
         for new in unfinished.iterdir():
@@ -232,12 +251,12 @@ def _write(folder: pathlib.Path, config_text: str, arrays: dict[str, jax.Array])
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _write_weights(folder: pathlib.Path, arrays: dict[str, jax.Array]) -> None:
+def _write_weights(folder: pathlib.Path, arrays: dict[str, jax.Array], config: ModelConfig) -> None:
     groups = list(_groups(arrays))
     weight_map = {}
     for number, paths in enumerate(groups, start=1):
         file = weights.SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        tensors = dict(_to_file(path, arrays[path]) for path in paths)
+        tensors = dict(pair for path in paths for pair in _to_file(path, arrays[path], config))
         safetensors.numpy.save_file(tensors, folder / file, metadata={"format": "pt"})
         (folder / file).chmod((folder / "config.json").stat().st_mode)  # safetensors writes files that nobody else may read
         weight_map |= dict.fromkeys(tensors, file)
@@ -258,9 +277,10 @@ def _groups(arrays: dict[str, jax.Array]) -> Iterator[list[str]]:
     yield group
 
 
-def _to_file(path: str, array: jax.Array) -> tuple[str, np.ndarray]:
-    name, inputs = name_in_file(path)
-    array = np.asarray(array)
-    if inputs is not None:
-        array = array.reshape(_shape_in_file(array.shape, inputs)[::-1]).T
-    return name, np.ascontiguousarray(array)
+def _to_file(path: str, array: jax.Array, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, tensor) in the layout of files."""
+    names, inputs = _names_in_file(path, config)
+    for name, one in zip(names, np.asarray(array) if _EXPERT in path else [np.asarray(array)], strict=True):
+        if inputs is not None:
+            one = one.reshape(_shape_in_file(one.shape, inputs)[::-1]).T
+        yield name, np.ascontiguousarray(one)

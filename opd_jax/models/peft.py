@@ -11,14 +11,14 @@ import safetensors.numpy
 from flax import traverse_util
 
 from opd_jax import files
-from opd_jax.models import hf, lora, transformer, weights
+from opd_jax.models import lora, transformer, weights
 from opd_jax.models.config import ModelConfig
 from opd_jax.models.lora import LoraConfig
 from opd_jax.types import UserError
 
 CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+_BLOCKS = {"attention": "self_attn", "mlp": "mlp"}
 # Fields that change nothing here: names, notes, and settings of training.
 _IGNORED = frozenset(
     ("task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout", "loftq_config")
@@ -100,7 +100,7 @@ def load(path: str | pathlib.Path, model_config: ModelConfig) -> tuple[dict, Lor
     found = set(opened.handle.keys())
     for label, missing in (("is missing", names.keys() - found), ("does not belong to the base model", found - names.keys())):
         if missing:
-            raise UserError(f"{file}: tensor {hf.first_of(sorted(missing))} {label}; give an adapter that was made for this base")
+            raise UserError(f"{file}: tensor {sorted(missing)[0]!r} {label}; give an adapter that was made for this base")
     adapter: dict[str, Any] = {}
     for name, target in names.items():
         shape, inputs = specs[target].shape, len(specs[target].shape) - 1 if target.endswith("/a") else 1
@@ -111,4 +111,6 @@ def load(path: str | pathlib.Path, model_config: ModelConfig) -> tuple[dict, Lor
 
 def _module(weight: str) -> str:
     """`layers/0/attention/q` -> base_model.model.model.layers.0.self_attn.q_proj"""
-    return _PREFIX + hf.name_in_file(weight)[0].removesuffix(".weight")
+    layers, number, block, _ = weight.split("/")
+    module, _ = lora.TARGETS[weight.split("/", 2)[2]]
+    return f"base_model.model.model.{layers}.{number}.{_BLOCKS[block]}.{module}"
