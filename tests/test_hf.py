@@ -75,6 +75,28 @@ def test_greedy_continuation_equals_transformers(case):
     np.testing.assert_array_equal(greedy(params, config, tokens_BS, mask_BS, 12), expected)
 
 
+@pytest.mark.parametrize("name", ["mistral-window", "gemma3"])
+def test_windows_count_columns_as_transformers_does(name, tmp_path):
+    """A masked column inside a row takes a place in the window, though it has no position."""
+    oracle = hf_oracle.save_model(hf_oracle.fields_of(name), tmp_path)
+    params, config = hf.load(tmp_path)
+    tokens_BL, mask_BL = hf_oracle.left_padded(3, 24, config.vocab_size)
+    mask_BL[:, [8, 9, 15]] = False
+    expected = hf_oracle.logits(oracle, tokens_BL, mask_BL)[mask_BL]
+    found = np.asarray(transformer.apply(params, config, jnp.asarray(tokens_BL), mask_BL=jnp.asarray(mask_BL)))[mask_BL]
+    assert np.abs(found - expected).max() < 2e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_embeddings_are_scaled_in_the_type_of_the_weights(dtype, tmp_path):
+    oracle = hf_oracle.save_model(hf_oracle.fields_of("gemma3"), tmp_path, dtype=dtype)
+    params, config = hf.load(tmp_path)
+    tokens_BL = np.arange(config.vocab_size)[None, :]
+    expected = oracle.model.embed_tokens(torch.tensor(tokens_BL)).float().detach().numpy()
+    found = transformer._embed(params, config, jnp.asarray(tokens_BL)).astype(params["embed"].dtype).astype(jnp.float32)
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_export_is_bit_identical_and_loads_in_transformers(case, tmp_path):
     oracle, folder = case
     params, config = hf.load(folder)
@@ -250,6 +272,9 @@ def test_a_folder_that_cannot_be_written_is_refused(llama, tmp_path):
 
 # ---- config.json
 
+GEMMA, GEMMA3, MOE = (hf_oracle.fields_of(name) for name in ("gemma2", "gemma3", "qwen3_moe"))
+GEMMA3["num_hidden_layers"] = 2
+
 
 @pytest.mark.parametrize("name", hf_oracle.CASES)
 def test_config_survives_a_round_trip(name):
@@ -273,6 +298,60 @@ def test_both_spellings_of_the_rotary_fields_agree():
         model_config.from_hf(new | {"rope_theta": 500.0}, where="test")
     with pytest.raises(UserError, match="rope_scaling = .*disagrees with rope_parameters"):
         model_config.from_hf(new | {"rope_scaling": {"type": "linear", "factor": 2.0}}, where="test")
+
+
+def test_what_a_config_does_not_say_is_as_transformers_has_it():
+    """Every field that may be missing, against the attributes of the config that transformers makes of the same file."""
+    for name in ("mistral", "gemma2", "gemma3_text"):
+        fields = {key: hf_oracle.BASE[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+        fields |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+        ours = model_config.from_hf({"model_type": name} | fields, where="test")
+        theirs = transformers.AutoConfig.for_model(name, **fields)
+        for mine, its in {
+            "head_dim": "head_dim",
+            "rms_norm_eps": "rms_norm_eps",
+            "max_position_embeddings": "max_position_embeddings",
+            "sliding_window": "sliding_window",
+            "tie_word_embeddings": "tie_word_embeddings",
+            "initializer_range": "initializer_range",
+            "bos_token_id": "bos_token_id",
+            "pad_token_id": "pad_token_id",
+        }.items():
+            assert getattr(ours, mine) == getattr(theirs, its), (name, mine)
+        assert ours.eos_token_ids == (theirs.eos_token_id,)
+        assert ours.query_scalar == getattr(theirs, "query_pre_attn_scalar", ours.head_dim)
+        assert ours.attention_softcap == getattr(theirs, "attn_logit_softcapping", None)
+        assert ours.final_softcap == getattr(theirs, "final_logit_softcapping", None)
+        assert ours.qkv_bias == getattr(theirs, "attention_bias", False)
+        kinds = ["sliding_attention" if layer.windowed else "full_attention" for layer in ours.layers]
+        assert kinds == getattr(theirs, "layer_types", ["sliding_attention"] * 2)
+        rope = theirs.rope_parameters
+        if name == "gemma3_text":
+            assert (ours.rope_theta, ours.local_rope_theta) == tuple(rope[k]["rope_theta"] for k in ("full_attention", "sliding_attention"))
+        else:
+            assert ours.rope_theta == rope["rope_theta"]
+
+
+def test_gemma3_rotary_fields_agree_in_both_spellings():
+    plain = hf_oracle.fields_of("gemma3") | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    old = model_config.from_hf(plain, where="test")
+    bare = {key: value for key, value in plain.items() if not key.startswith("rope")}
+    both = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 700.0}, "sliding_attention": {"rope_theta": 50.0}}
+    assert model_config.from_hf(bare | {"rope_parameters": both}, where="test") == old
+    assert model_config.from_hf(plain | {"rope_parameters": both}, where="test") == old
+    assert (old.rope_theta, old.rope_scaling.factor, old.local_rope_theta) == (700.0, 8.0, 50.0)
+    defaults = model_config.from_hf(bare, where="test")
+    assert (defaults.rope_theta, defaults.rope_scaling, defaults.local_rope_theta) == (1e6, None, 1e4)
+
+
+def test_windows_that_are_switched_off_do_nothing():
+    """Qwen2.5 has a window in its config.json and does not use it."""
+    fields = hf_oracle.fields_of("qwen2") | {"use_sliding_window": False, "sliding_window": 3, "max_window_layers": 1}
+    config = model_config.from_hf(fields, where="test")
+    assert config.sliding_window is None and not any(layer.windowed for layer in config.layers)
+    written = model_config.to_hf(config)
+    assert (written["use_sliding_window"], written["sliding_window"], written["max_window_layers"]) == (False, 3, 1)
+    assert model_config.from_hf(written, where="test") == config
 
 
 BAD_FIELDS = {
@@ -303,6 +382,51 @@ BAD_FIELDS = {
     "stop token": ({"eos_token_id": "</s>"}, "eos_token_id = '</s>'"),
     "missing": ({"vocab_size": None}, "vocab_size is missing"),
     "biases of qwen2": ({"model_type": "qwen2", "attention_bias": False}, "attention_bias = False: qwen2 always"),
+    "biases of mistral": ({"model_type": "mistral", "attention_bias": True}, "attention_bias = True: mistral has no biases"),
+    "kv heads of mistral": ({"model_type": "mistral", "num_key_value_heads": None}, "num_key_value_heads is missing"),
+    "layers of mistral": (
+        {"model_type": "mistral", "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+        "layer_types = .*must be 2 times 'sliding_attention' for this mistral",
+    ),
+    "windows without a switch": (
+        {"model_type": "qwen3", "layer_types": ["sliding_attention", "full_attention"]},
+        "layer_types = .*must be 2 times 'full_attention' for this qwen3",
+    ),
+    "kinds of layers": (GEMMA | {"layer_types": ["chunked_attention"] * 2}, "layer_types.*'full_attention' or 'sliding_attention'"),
+    "count of layers": (GEMMA | {"layer_types": ["full_attention"] * 3}, "layer_types = .*must be 2 times"),
+    "no window": (GEMMA | {"sliding_window": None}, "sliding_window = None: must be an integer, because layers of gemma2 have windows"),
+    "window of zero": (GEMMA | {"sliding_window": 0}, "sliding_window = 0: must be an integer of at least 1"),
+    "two windows": (GEMMA | {"sliding_window_size": 8}, "sliding_window_size = 8: disagrees with sliding_window = 5"),
+    "activation of gemma": (
+        GEMMA | {"hidden_activation": "gelu"},
+        "hidden_activation = 'gelu': .*; valid: 'gelu_pytorch_tanh'",
+    ),
+    "old activation of gemma": (GEMMA | {"hidden_act": "silu"}, "hidden_act = 'silu': is not supported; valid: 'gelu_pytorch_tanh'"),
+    "softcap of zero": (GEMMA | {"final_logit_softcapping": 0}, "final_logit_softcapping = 0: must be a positive number"),
+    "bidirectional": (GEMMA | {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
+    "query scalar": (GEMMA | {"query_pre_attn_scalar": 0.5}, "query_pre_attn_scalar = 0.5: must be an integer"),
+    "attention softcap of gemma3": (
+        GEMMA3 | {"attn_logit_softcapping": 5.0},
+        "attn_logit_softcapping = 5.0: is not a field of gemma3",
+    ),
+    "flat rope_parameters": (GEMMA3 | {"rope_parameters": {"rope_theta": 5.0}}, "rope_parameters.*full_attention and sliding_attention"),
+    "local scaling": (
+        GEMMA3 | {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+        "rope_parameters.*stretches the positions of sliding_attention",
+    ),
+    "two local bases": (
+        GEMMA3 | {"rope_parameters": {"sliding_attention": {"rope_theta": 60.0}}},
+        "rope_local_base_freq = 50.0: disagrees with rope_parameters.rope_theta = 60.0",
+    ),
+    "vision": ({"model_type": "gemma3"}, "model_type = 'gemma3': is not supported"),
+    "no experts": (MOE | {"num_experts": None}, "num_experts is missing"),
+    "no choice of experts": (MOE | {"num_experts_per_tok": None}, "num_experts_per_tok is missing"),
+    "no size of experts": (MOE | {"moe_intermediate_size": None}, "moe_intermediate_size is missing"),
+    "too many experts": (MOE | {"num_experts_per_tok": 7}, "num_experts_per_tok = 7: must be at most num_experts = 6"),
+    "two counts of experts": (MOE | {"num_local_experts": 8}, "num_local_experts = 8: disagrees with num_experts = 6"),
+    "dense layers": (MOE | {"mlp_only_layers": [True]}, "mlp_only_layers = .*list of layer numbers"),
+    "sparse step": (MOE | {"decoder_sparse_step": 0}, "decoder_sparse_step = 0: must be an integer of at least 1"),
+    "shared experts": (MOE | {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size = 8: is not a field of qwen3_moe"),
     "mlp biases of qwen3": ({"model_type": "qwen3", "mlp_bias": True}, "mlp_bias = True: is not a field of qwen3"),
 }
 
@@ -326,6 +450,9 @@ def test_fields_that_say_nothing_are_accepted_and_change_nothing(change):
 # ---- real models
 
 PUBLISHED = {
+    "gemma-2-2b": 2_614_341_888,
+    "gemma-3-1b": 999_885_952,
+    "gemma-3-270m": 268_098_176,
     "llama-3.2-1b": 1_235_814_400,
     "qwen2.5-0.5b-instruct": 494_032_768,
     "qwen2.5-1.5b-instruct": 1_543_714_304,
@@ -336,9 +463,28 @@ PUBLISHED = {
 @pytest.mark.shared
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_models_have_their_parameter_count(shared_data, name):
-    config = model_config.from_hf(json.loads((shared_data / "configs" / f"{name}.json").read_text()), where=name)
-    abstract = jax.eval_shape(lambda key: transformer.init(key, config), jax.random.key(0))
-    assert sum(leaf.size for leaf in jax.tree.leaves(abstract)) == spec.count(transformer.param_specs(config)) == PUBLISHED[name]
+    fields = json.loads((shared_data / "configs" / f"{name}.json").read_text())
+    specs = transformer.param_specs(model_config.from_hf(fields, where=name))
+    with torch.device("meta"):
+        oracle = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(fields.pop("model_type"), **fields))
+    assert spec.count(specs) == PUBLISHED[name] == sum(p.numel() for p in oracle.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.shared
+@pytest.mark.parametrize("name", ["gemma-2-2b", "gemma-3-270m", "qwen3-0.6b"])
+def test_a_published_model_made_small_equals_transformers(shared_data, name, tmp_path):
+    """The published choices with other sizes."""
+    fields = json.loads((shared_data / "configs" / f"{name}.json").read_text())
+    fields |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 7, "head_dim": 16, "vocab_size": 101}
+    fields |= {"sliding_window": 8} if "sliding_window" in fields else {}
+    oracle = hf_oracle.save_model(fields, tmp_path)
+    params, config = hf.load(tmp_path)
+    assert dataclasses.replace(config, source="{}") == model_config.from_hf(fields, where=name)
+    tokens_BL, mask_BL = hf_oracle.left_padded(3, 40, config.vocab_size)
+    expected = hf_oracle.logits(oracle, tokens_BL, mask_BL)[mask_BL]
+    found = np.asarray(transformer.apply(params, config, jnp.asarray(tokens_BL), mask_BL=jnp.asarray(mask_BL)))[mask_BL]
+    assert np.abs(found - expected).max() < 2e-4 * np.abs(expected).max()
 
 
 @pytest.mark.slow

@@ -51,6 +51,36 @@ def test_a_dropped_layer_is_one_that_adds_nothing():
     np.testing.assert_array_equal(transformer.apply(student, student_config, tokens_BL), transformer.apply(params, config, tokens_BL))
 
 
+@pytest.mark.parametrize(
+    "name, keep, windowed, experts",
+    [
+        ("gemma2", (1, 2), [False, True], [False, False]),
+        ("gemma3", (0, 2, 3), [True, True, False], [False] * 3),
+        ("gemma3", (3,), [False], [False]),
+        ("qwen3-window", (0, 3), [True, False], [False, False]),
+        ("qwen2-window", (0,), [False], [False]),
+        ("mistral-window", (0, 3), [True, True], [False, False]),
+        ("qwen3_moe-some-layers", (0, 3), [False, False], [False, True]),
+        ("qwen3_moe-some-layers", (0, 2), [False, False], [False, False]),
+    ],
+)
+def test_kept_layers_keep_their_kind(name, keep, windowed, experts, tmp_path):
+    """Windows and experts go with their layers, and transformers reads the same model out of the folder."""
+    fields = hf_oracle.fields_of(name) | {"num_hidden_layers": 4}
+    if "layer_types" in fields:
+        fields["layer_types"] = ["sliding_attention", "full_attention"] * 2
+    hf_oracle.save_model(fields, tmp_path / "teacher")
+    student, config = prune.keep_layers(*hf.load(tmp_path / "teacher"), keep)
+    assert [layer.windowed for layer in config.layers] == windowed and [layer.experts for layer in config.layers] == experts
+    assert model_config.from_hf(model_config.to_hf(config), where="test") == config
+    hf.save(tmp_path / "student", student, config)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    tokens_BL, mask_BL = hf_oracle.left_padded(2, 20, config.vocab_size)
+    expected = hf_oracle.logits(model, tokens_BL, mask_BL)[mask_BL]
+    found = np.asarray(transformer.apply(student, config, jnp.asarray(tokens_BL), mask_BL=jnp.asarray(mask_BL)))[mask_BL]
+    assert np.abs(found - expected).max() < 2e-4 * np.abs(expected).max()
+
+
 @pytest.mark.parametrize("keep", [(), (0, 4), (-1, 2), (2, 1), (1, 1)], ids=str)
 def test_layers_that_do_not_exist_are_refused(keep):
     with pytest.raises(UserError, match=r"must be rising layer numbers out of 0..3"):

@@ -36,7 +36,8 @@ def largest_difference(a, b):
 
 
 def head_logits(head):
-    return jnp.einsum("btd,dv->btv", head.hidden_BTD, head.unembed_DV)
+    logits_BTV = jnp.einsum("btd,dv->btv", head.hidden_BTD, head.unembed_DV)
+    return logits_BTV if head.softcap is None else head.softcap * jnp.tanh(logits_BTV / head.softcap)
 
 
 # ---- parameters
@@ -53,6 +54,14 @@ def test_fresh_parameters_follow_their_specs():
     values = [leaf.ravel()[:8] for leaf in jax.tree.leaves(params) if leaf.ndim >= 2]
     assert len({tuple(v.tolist()) for v in values}) == len(values)  # no two parameters share their draw
     assert not any(leaf.ndim >= 2 for path, leaf in jax.tree.leaves_with_path(params) if "bias" in str(path) or "norm" in str(path))
+
+
+def test_fresh_gemma_norms_multiply_by_one():
+    config = model_config.from_hf(hf_oracle.fields_of("gemma3"), where="test")
+    params = transformer.init(jax.random.key(0), config)
+    layer = params["layers"]["0"]
+    norms = [params["final_norm"], *(layer["attention"][n] for n in ("norm", "post_norm", "q_norm", "k_norm")), layer["mlp"]["post_norm"]]
+    assert not any(norm.any() for norm in norms)
 
 
 @pytest.mark.slow
@@ -98,6 +107,66 @@ def test_no_logit_sees_a_later_token_or_padding(length):
     np.testing.assert_array_equal(seen_L, (np.arange(length) <= place) & (np.arange(length) >= padding))
 
 
+@pytest.mark.parametrize("length", [10, 66])
+def test_a_window_is_as_wide_as_it_says(length):
+    """One layer with a window of 5: a logit depends on its own token and the 4 before it, no more and no less."""
+    params, config = make("mistral-window")
+    config = dataclasses.replace(config, vocab_size=length, num_layers=1, layers=config.layers[:1], tie_word_embeddings=False)
+    params = params | {"embed": jax.random.normal(jax.random.key(5), (length, config.hidden_size)), "unembed": params["embed"].T}
+    place, tokens_BL = length - 3, jnp.arange(length, dtype=jnp.int32)[None, :]
+    grad = jax.grad(lambda embed: jnp.square(transformer.apply(params | {"embed": embed}, config, tokens_BL)[0, place]).sum())
+    seen_L = np.abs(np.asarray(grad(params["embed"]))).max(1) > 0
+    np.testing.assert_array_equal(np.flatnonzero(seen_L), np.arange(place - 4, place + 1))
+
+
+# ---- experts
+
+
+def experts_one_by_one(weights, config, x_BLD):
+    """What a mixture of experts is: every expert on every token, those not chosen times zero."""
+    y_BLD = x_BLD * jax.lax.rsqrt(jnp.square(x_BLD).mean(-1, keepdims=True) + config.rms_norm_eps) * weights["norm"][None, None]
+    share_BLE = jax.nn.softmax(y_BLD @ weights["router"], axis=-1)
+    least_BL1 = jnp.sort(share_BLE, axis=-1)[..., -config.experts_per_token, None]
+    share_BLE = jnp.where(share_BLE >= least_BL1, share_BLE, 0)
+    share_BLE = share_BLE / share_BLE.sum(-1, keepdims=True) if config.normalise_experts else share_BLE
+    total = 0
+    for e in range(config.num_experts):
+        gated = jax.nn.silu(y_BLD @ weights["expert_gate"][e]) * (y_BLD @ weights["expert_up"][e])
+        total += share_BLE[..., e, None] * (gated @ weights["expert_down"][e])
+    return total
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_experts_and_their_gradients_equal_the_plain_sum(normalise):
+    params, config = make("qwen3_moe", normalise_experts=normalise)
+    weights = params["layers"]["0"]["mlp"]
+    weights["router"] = weights["router"].at[:, 3].set(0).at[0, 3].set(-100.0)  # an expert that few tokens choose
+    x_BLD = jax.random.normal(jax.random.key(0), (3, 7, config.hidden_size))
+
+    def loss(block):
+        return jax.jit(jax.value_and_grad(lambda w, x: jnp.square(block(w, config, x)).mean(), argnums=(0, 1)))(weights, x_BLD)
+
+    (found, found_grads), (expected, expected_grads) = loss(transformer._expert_block), loss(experts_one_by_one)
+    assert abs(found - expected) < 1e-5 * abs(expected)
+    scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(expected_grads))
+    assert largest_difference(found_grads, expected_grads) < 1e-5 * scale
+    assert float(jnp.abs(expected_grads[0]["router"]).max()) > 0
+
+
+def test_experts_that_no_token_chooses_get_no_gradient():
+    params, config = make("qwen3_moe")
+    weights = params["layers"]["0"]["mlp"]
+    weights["router"] = jnp.zeros_like(weights["router"])  # a tie: the first experts win
+    x_BLD = jax.random.normal(jax.random.key(0), (2, 5, config.hidden_size))
+    grads = jax.grad(lambda w: jnp.square(transformer._expert_block(w, config, x_BLD)).sum())(weights)
+    for name in ("expert_gate", "expert_up", "expert_down"):
+        used_E = np.abs(np.asarray(grads[name])).max((1, 2)) > 0
+        np.testing.assert_array_equal(used_E, np.arange(config.num_experts) < config.experts_per_token)
+
+
+# ---- what changes no number
+
+
 @pytest.mark.slow
 def test_jit_equals_no_jit():
     params, config = make()
@@ -108,24 +177,37 @@ def test_jit_equals_no_jit():
     assert largest_difference(jitted, plain) < 1e-5
 
 
-def test_eight_devices_equal_one():
-    params, config = make()
+def mean_square(params, config, tokens_BL, mask_BL):
+    return jnp.mean(jnp.square(transformer.apply(params, config, tokens_BL, mask_BL=mask_BL)) * mask_BL[:, :, None])
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "qwen3_moe-some-layers"])
+def test_eight_devices_equal_one(name):
+    params, config = make(name)
     tokens_BL, mask_BL = left_padded(8, 12, config)
     one = transformer.apply(params, config, tokens_BL, mask_BL=mask_BL)
+    gradient = jax.jit(jax.grad(mean_square), static_argnums=1)
+    one_grads = gradient(params, config, tokens_BL, mask_BL)
+    few = transformer.apply(params, config, tokens_BL[:3], mask_BL=mask_BL[:3])
     mesh = parallel.make_mesh(2, 2, 2)
     params = jax.device_put(params, spec.shardings(transformer.param_specs(config), mesh))
     with jax.set_mesh(mesh):
         tokens_BL, mask_BL = parallel.shard_batch((tokens_BL, mask_BL), mesh)
         eight = transformer.apply(params, config, tokens_BL, mask_BL=mask_BL)
         _, cache = prefill(params, config, tokens_BL, mask_BL, cache_length=16)
+        eight_grads = gradient(params, config, tokens_BL, mask_BL)
+        undivided = transformer.apply(params, config, np.asarray(tokens_BL[:3]), mask_BL=np.asarray(mask_BL[:3]))
     assert largest_difference(one, eight) < 1e-4
+    assert largest_difference(few, undivided) < 1e-4  # rows that the batch axes cannot share
+    assert largest_difference(one_grads, eight_grads) < 1e-4 * max(float(jnp.abs(g).max()) for g in jax.tree.leaves(one_grads))
     assert len(eight.sharding.device_set) == 8
     assert cache.keys_BKLH[0].addressable_shards[0].data.shape[0] == 2  # rows lie over data and fsdp
 
 
 @pytest.mark.slow
-def test_rematerialisation_changes_memory_alone():
-    params, config = make()
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "qwen3_moe-some-layers"])
+def test_rematerialisation_changes_memory_alone(name):
+    params, config = make(name)
     tokens_BL, mask_BL = left_padded(3, 7, config)
 
     def loss(params, config):
@@ -138,8 +220,9 @@ def test_rematerialisation_changes_memory_alone():
     assert repeats[0] == 0 and repeats[1] >= config.num_layers
 
 
-def test_bfloat16_compute_with_float32_parameters():
-    params, config = make()
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "mistral-window"])
+def test_bfloat16_compute_with_float32_parameters(name):
+    params, config = make(name)
     half = dataclasses.replace(config, compute_dtype="bfloat16")
     tokens_BL, mask_BL = left_padded(3, 7, config)
     exact, rough = (transformer.apply(params, c, tokens_BL, mask_BL=mask_BL) for c in (config, half))
@@ -154,8 +237,20 @@ def test_bfloat16_compute_with_float32_parameters():
 
 # ---- generation
 
+CACHED = [
+    "llama-biases",
+    "llama-llama3",
+    "qwen2-tied",
+    "qwen3",
+    "mistral-window",
+    "qwen3-window",
+    "qwen3_moe-some-layers",
+    "gemma2",
+    "gemma3",
+]
 
-@pytest.mark.parametrize("name", ["llama-biases", "llama-llama3", "qwen2-tied", "qwen3"])
+
+@pytest.mark.parametrize("name", CACHED)
 @pytest.mark.parametrize("total", [12, 70])
 def test_cached_decoding_equals_the_whole_forward_pass(name, total):
     params, config = make(name)
@@ -201,14 +296,14 @@ def test_bfloat16_cache():
 # ---- the shift
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gemma2"])
 def test_hidden_is_aligned_with_the_completion(name):
     """Entry t predicts token t of the completion, for every row's own prompt length and padding."""
     params, config = make(name)
     prompt_BS, prompt_mask_BS = left_padded(4, 6, config)
     completion_BT, _ = left_padded(4, 5, config, seed=9)
     head = hidden(params, config, View(prompt_BS, prompt_mask_BS, completion_BT))
-    assert head.hidden_BTD.shape == (4, 5, config.hidden_size) and head.softcap is None
+    assert head.hidden_BTD.shape == (4, 5, config.hidden_size) and head.softcap == config.final_softcap
     logits_BTV = head_logits(head)
     for row in range(4):
         prompt_S = np.asarray(prompt_BS[row])[np.asarray(prompt_mask_BS[row])]
