@@ -23,7 +23,7 @@ class ConfigError(UserError):
 class Architecture:
     """Shape of a model with random weights; field names as in a Hugging Face config.json."""
 
-    model_type: str = "llama"  # llama, qwen2 or qwen3
+    model_type: str = "llama"  # llama, mistral, qwen2, qwen3, qwen3_moe, gemma2 or gemma3_text
     hidden_size: int = 64  # width of the residual stream
     intermediate_size: int = 192  # width of the gated feed-forward layer
     num_hidden_layers: int = 3  # layers
@@ -33,6 +33,9 @@ class Architecture:
     max_position_embeddings: int = 256  # tokens, prompt and completion together
     tie_word_embeddings: bool = True  # the unembedding is the embedding
     initializer_range: float = 0.02  # standard deviation of the initial weights
+    num_experts: int = 0  # experts of a layer, of qwen3_moe alone; 0 in other families
+    num_experts_per_tok: int = 0  # experts that a token passes through
+    moe_intermediate_size: int = 0  # width of one expert
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +189,8 @@ class Config:
     task: Task = Task()
 
 
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text")  # what student.init can make
+_EXPERT_FIELDS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 # Fields that do not change the numbers of an update (a mesh: but by rounding): they may differ when a run is resumed. `steps` may grow.
 FREE_ON_RESUME = ("eval.", "log.", "checkpoint.", "mesh.", "cache_dir")
 
@@ -337,6 +342,7 @@ def _check_range(flat: dict[str, Any]) -> None:
         "log.samples_every",
     ]
     zero_or_more += ["task.train_size", "task.eval_size", "task.seed", "student.init.head_dim", "student.lora.rank"]
+    zero_or_more += [f"student.init.{name}" for name in _EXPERT_FIELDS]
     for name in positive:
         _require(flat[name] >= 1, name, flat[name], "must be at least 1")
     for name in zero_or_more:
@@ -381,7 +387,8 @@ def validate(config: Config) -> None:
     check_choice("loss.normaliser", config.loss.normaliser, ("token_mean", "sequence_mean", "sequence_sum", "constant"))
     check_choice("learner.schedule", config.learner.schedule, ("constant", "linear", "cosine"))
     check_choice("model.compute_dtype", config.model.compute_dtype, ("float32", "bfloat16"))
-    check_choice("student.init.model_type", config.student.init.model_type, ("llama", "qwen2", "qwen3"))
+    check_choice("student.init.model_type", config.student.init.model_type, FAMILIES)
+    _check_experts(config.student.init)
     rollout, learner = config.rollout, config.learner
     batch = rollout.batch_size
     _require(batch % rollout.group_size == 0, "rollout.group_size", rollout.group_size, f"must divide rollout.batch_size = {batch}")
@@ -417,6 +424,15 @@ def _check_context(config: Config) -> None:
             config.rollout.overlong,
             f"must be 'refuse', because truncation would cut off the head of {name}.template = {reader.template!r}",
         )
+
+
+def _check_experts(init: Architecture) -> None:
+    for name in _EXPERT_FIELDS:
+        value, wanted = getattr(init, name), init.model_type == "qwen3_moe"
+        valid = "must be at least 1" if wanted else "must be 0"
+        _require((value > 0) == wanted, f"student.init.{name}", value, f"{valid}, because student.init.model_type = {init.model_type!r}")
+    chosen, count = init.num_experts_per_tok, init.num_experts
+    _require(chosen <= count, "student.init.num_experts_per_tok", chosen, f"must be at most student.init.num_experts = {count}")
 
 
 def _check_teacher(config: Config) -> None:

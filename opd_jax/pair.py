@@ -80,7 +80,8 @@ def _prepare(model: LoadedModel, tokenizer: tokenizer_lib.Tokenizer, field: str,
 def _random_student(config: Config, mesh: Mesh) -> LoadedModel:
     tokenizer = tokenizer_lib.load(config.student.tokenizer)
     shape = config.student.init
-    fields = dataclasses.asdict(shape) | {
+    given = {name: value for name, value in dataclasses.asdict(shape).items() if value or isinstance(value, bool)}
+    fields = given | {
         "head_dim": shape.head_dim or shape.hidden_size // shape.num_attention_heads,
         "vocab_size": tokenizer.vocab_size,
         "bos_token_id": tokenizer.bos_id,

@@ -10,6 +10,8 @@ from ml_collections import ConfigDict
 from opd_jax import config
 from opd_jax.config import ConfigError
 
+MOE = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+
 
 def changed(**fields) -> ConfigDict:
     c = config.default()
@@ -71,6 +73,18 @@ def test_defaults_round_trip():
         (
             {"estimator__credit": "to_go", "rollout__source": "dataset"},
             "config field rollout.source = 'dataset' must be 'student', because estimator.credit = 'to_go' needs draws of the student",
+        ),
+        (
+            {"student__init__model_type": "qwen3_moe"},
+            "config field student.init.num_experts = 0 must be at least 1, because student.init.model_type = 'qwen3_moe'",
+        ),
+        (
+            {"student__init__num_experts": 4},
+            "config field student.init.num_experts = 4 must be 0, because student.init.model_type = 'llama'",
+        ),
+        (
+            {f"student__init__{name}": value for name, value in MOE.items()} | {"student__init__num_experts_per_tok": 5},
+            "config field student.init.num_experts_per_tok = 5 must be at most student.init.num_experts = 4",
         ),
         ({"checkpoint__keep": 1}, "config field checkpoint.keep = 1 must be at least 2"),
         ({"seed": 2**31}, "config field seed = 2147483648 must be below 2**31"),

@@ -15,9 +15,10 @@ import safetensors.numpy
 import torch
 import transformers
 
-from opd_jax import parallel
+from opd_jax import config as config_lib
+from opd_jax import job, parallel
 from opd_jax.models import config as model_config
-from opd_jax.models import hf, spec, transformer
+from opd_jax.models import families, hf, spec, transformer
 from opd_jax.types import UserError
 
 
@@ -342,6 +343,19 @@ def test_gemma3_rotary_fields_agree_in_both_spellings():
     assert (old.rope_theta, old.rope_scaling.factor, old.local_rope_theta) == (700.0, 8.0, 50.0)
     defaults = model_config.from_hf(bare, where="test")
     assert (defaults.rope_theta, defaults.rope_scaling, defaults.local_rope_theta) == (1e6, None, 1e4)
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_every_family_can_be_made_afresh(name):
+    """From the fields of `student.init`, whose families are these."""
+    c = config_lib.default()
+    c.student.init.model_type = name
+    if families.FAMILIES[name].experts:
+        c.student.init.num_experts, c.student.init.num_experts_per_tok, c.student.init.moe_intermediate_size = 4, 2, 8
+    model = job._random_student(config_lib.parse(c), parallel.make_mesh())
+    assert model.config.family == name and model.config.tie_word_embeddings and model.config.head_dim == 16
+    assert np.isfinite(transformer.apply(model.params, model.config, jnp.arange(6, dtype=jnp.int32)[None, :])).all()
+    assert tuple(families.FAMILIES) == config_lib.FAMILIES
 
 
 def test_windows_that_are_switched_off_do_nothing():

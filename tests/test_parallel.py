@@ -52,6 +52,15 @@ def test_batches_lie_over_the_batch_axes_and_the_rest_everywhere():
     np.testing.assert_array_equal(rows, whole)
 
 
+def test_over_rows_gives_each_device_its_own_rows():
+    x, weights = jnp.arange(16.0).reshape(8, 2), jnp.float32(2.0)
+    sort = lambda x, w: jnp.sort(x * w, axis=0)[::-1]  # mixes the rows that it sees
+    np.testing.assert_array_equal(parallel.over_rows(sort, x, weights), (2 * x)[::-1])
+    with jax.set_mesh(parallel.make_mesh(2, 2, 2)):
+        found = jax.jit(lambda x: parallel.over_rows(sort, x, weights))(x)
+    np.testing.assert_array_equal(found, (2 * x).reshape(4, 2, 2)[:, ::-1].reshape(8, 2))
+
+
 def test_constrain_is_the_identity_without_a_mesh_and_keeps_values_on_one():
     x = jnp.arange(16.0).reshape(8, 2)
     assert parallel.constrain(x, "batch", None) is x
