@@ -358,6 +358,16 @@ def test_every_family_can_be_made_afresh(name):
     assert tuple(families.FAMILIES) == config_lib.FAMILIES
 
 
+def test_a_null_that_means_none_is_not_the_default():
+    mistral = model_config.from_hf(hf_oracle.fields_of("mistral"), where="test")
+    gemma = model_config.from_hf(hf_oracle.fields_of("gemma2-no-caps") | {"eos_token_id": None, "pad_token_id": None}, where="test")
+    assert (mistral.sliding_window, gemma.attention_softcap, gemma.final_softcap) == (None, None, None)
+    assert (gemma.eos_token_ids, gemma.pad_token_id, gemma.bos_token_id) == ((), None, 2)
+    assert not any(layer.windowed for layer in mistral.layers)
+    for config in (mistral, gemma):
+        assert model_config.from_hf(model_config.to_hf(config), where="test") == config
+
+
 def test_windows_that_are_switched_off_do_nothing():
     """Qwen2.5 has a window in its config.json and does not use it."""
     fields = hf_oracle.fields_of("qwen2") | {"use_sliding_window": False, "sliding_window": 3, "max_window_layers": 1}
