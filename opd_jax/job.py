@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from opd_jax import checkpoint, files, learner, metrics, model_io, parallel, rollout, teachers
+from opd_jax import checkpoint, files, learner, machine, metrics, model_io, parallel, rollout, teachers
 from opd_jax import config as config_lib
 from opd_jax import objective as objective_lib
 from opd_jax.config import Config
@@ -22,6 +22,7 @@ from opd_jax.evaluate import Evaluator
 from opd_jax.model_io import LoadedModel
 from opd_jax.models import lora, spec, transformer
 from opd_jax.pair import Pair, open_pair
+from opd_jax.samples import SampleLog
 from opd_jax.types import TrainState, UserError
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class Job:
     evaluate: Evaluator | None
     checkpoints: checkpoint.Checkpoints
     writer: metrics.MetricsWriter
+    samples: SampleLog
     state: TrainState
     step: int
     resumed: bool
@@ -91,6 +93,8 @@ def setup(parsed: Config, workdir: str | os.PathLike, *, make_model: Callable[[s
     writer = metrics.MetricsWriter(workdir)
     writer.truncate_after(step if resumed else -1)
     _describe_run(workdir, asked, student, base=parsed.student.path, resumed=resumed)
+    if not resumed or step < parsed.steps:
+        machine.begin_session(workdir, step, mesh)
     return Job(
         config=parsed,
         workdir=workdir,
@@ -106,6 +110,7 @@ def setup(parsed: Config, workdir: str | os.PathLike, *, make_model: Callable[[s
         evaluate=evaluate,
         checkpoints=checkpoints,
         writer=writer,
+        samples=SampleLog(parsed, student.tokenizer, student.config, teacher.config if teacher else None, mesh),
         state=state,
         step=step,
         resumed=resumed,

@@ -93,7 +93,7 @@ class MetricsWriter:
         self._append(self._metrics, [record])
 
     def samples(self, records: Iterable[dict[str, Any]]) -> None:
-        """Objects with step, prompt, completion and token_ids."""
+        """The lines of samples.py: step, prompt, completion, token_ids and what the models thought of each token."""
         self._append(self._samples, records)
 
     def truncate_after(self, step: int) -> None:

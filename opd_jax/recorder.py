@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from opd_jax import machine
 from opd_jax.data.pipeline import Batch
 from opd_jax.job import Job
 from opd_jax.metrics import Progress
+from opd_jax.samples import Annotated
 from opd_jax.types import Rollout
 
 
@@ -23,6 +25,7 @@ class Pending:
     prompts: Batch
     completions: Rollout
     measured: dict
+    annotated: Annotated | None
     finished: Future  # -> the time when the device had finished it
 
 
@@ -57,7 +60,13 @@ class Recorder:
             yield self._write({"step": 0, **self._evaluation(0)})
         self._clock = time.perf_counter()
 
-    def record(self, step: int, prompts: Batch, completions: Rollout, measured: dict) -> Iterator[dict]:
+    def annotate(self, step: int, prompts: Batch, completions: Rollout) -> Annotated | None:
+        """Scores the samples of update number `step`, where they are due, by the student that wrote them: call it before the update."""
+        if not self.job.samples.due(step):
+            return None
+        return self.job.samples.annotate(self.job.policy(self.state.params), self.job.teacher_params, prompts, completions)
+
+    def record(self, step: int, prompts: Batch, completions: Rollout, measured: dict, annotated: Annotated | None) -> Iterator[dict]:
         """Takes what update number `step` gave, writes what is due, yields the records written."""
         config = self.job.config
         last = step == config.steps
@@ -65,7 +74,7 @@ class Recorder:
         save = last or step % config.checkpoint.every == 0
         finished = self._waiter.submit(_finish_time, measured)
         # Taken in before anything is yielded: whoever leaves the loop at a yield must not lose this step.
-        previous, self._pending = self._pending, Pending(step, prompts, completions, measured, finished)
+        previous, self._pending = self._pending, Pending(step, prompts, completions, measured, annotated, finished)
         if previous is not None:
             yield self._complete(previous)
         if evaluate or save:
@@ -85,6 +94,8 @@ class Recorder:
             intact = not any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state))
             if intact and int(self.state.step) == self.step != self._saved_step:
                 self._save()
+            if self.step > self.job.step or not self.job.resumed:
+                machine.end_session(self.job.workdir, self.step, self.job.mesh)
             self._waiter.shutdown()
             self._progress.close()
 
@@ -110,7 +121,7 @@ class Recorder:
         return values | {"train/learning_rate": float(self.job.schedule(step - 1))}
 
     def _rollout_metrics(self, pending: Pending) -> dict[str, float]:
-        step, prompts, completions = pending.step, pending.prompts, pending.completions
+        prompts, completions = pending.prompts, pending.completions
         config, tokenizer, task = self.job.config, self.job.student.tokenizer, self.job.task
         mask_BT, tokens_BT = np.asarray(completions.mask_BT), np.asarray(completions.tokens_BT)
         self._info["tokens_total"] += int(mask_BT.sum())
@@ -120,20 +131,13 @@ class Recorder:
             "rollout/tokens_total": self._info["tokens_total"],
             "rollout/prompts_truncated": prompts.truncated,
         }
-        log = config.log
-        due = log.samples_every and (step == 1 or step % log.samples_every == 0 or step == config.steps)
-        verified = task.verifiable and config.rollout.source != "dataset"
-        if not (due or verified):
-            return record
-        examples = [example for example in prompts.examples for _ in range(config.rollout.group_size)]
-        ids = [tokens[mask].tolist() for tokens, mask in zip(tokens_BT, mask_BT, strict=True)]
-        texts = [tokenizer.decode(row) for row in (ids if verified else ids[: log.samples])]
-        if verified:
+        if pending.annotated is not None:
+            self.job.writer.samples(self.job.samples.lines(pending.step, prompts, pending.annotated))
+        if task.verifiable and config.rollout.source != "dataset":
+            examples = [example for example in prompts.examples for _ in range(config.rollout.group_size)]
+            texts = [tokenizer.decode(tokens[mask].tolist()) for tokens, mask in zip(tokens_BT, mask_BT, strict=True)]
             rewards = [task.verify(example, text).reward for example, text in zip(examples, texts, strict=True)]
             record["rollout/reward"] = float(np.mean(rewards))
-        if due:
-            rows = list(zip(examples, texts, ids, strict=False))[: log.samples]
-            self.job.writer.samples({"step": step, "prompt": e.prompt, "completion": text, "token_ids": i} for e, text, i in rows)
         return record
 
     def _evaluation(self, step: int) -> dict[str, float]:

@@ -1,7 +1,8 @@
-"""Any model on a rollout, given a prompt of its own: log-probs, the top-k with the mass outside, or hidden states."""
+"""Any model on a rollout, given a prompt of its own: log-probs, the top-k with the mass outside, annotations, or hidden states."""
 
 import functools
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -10,6 +11,16 @@ from opd_jax.models.config import ModelConfig
 from opd_jax.numerics import token_stats as stats_lib
 from opd_jax.numerics.token_stats import Head, Signal
 from opd_jax.types import Prompts, Rollout, view
+
+
+@flax.struct.dataclass
+class Annotation:
+    """What a model thought of each token of a rollout, at temperature 1, in nats; 0 where the rollout's mask is False."""
+
+    logp_BT: jax.Array  # log-prob of the token
+    entropy_BT: jax.Array  # of the model's law there
+    top_ids_BTK: jax.Array | None  # its most probable tokens, best first; None unless asked for
+    top_logp_BTK: jax.Array | None
 
 
 def hidden(params: dict, model_config: ModelConfig, prompts: Prompts, rollout: Rollout) -> Head:
@@ -32,3 +43,14 @@ def topk(params: dict, model_config: ModelConfig, prompts: Prompts, rollout: Rol
     The log-probs are normalised over the whole vocabulary: logit - logsumexp.
     """
     return stats_lib.topk(hidden(params, model_config, prompts, rollout), k=k)
+
+
+@functools.partial(jax.jit, static_argnames=("model_config", "k"))
+def annotate(params: dict, model_config: ModelConfig, prompts: Prompts, rollout: Rollout, *, k: int = 0) -> Annotation:
+    """The log-prob of each completion token, the model's entropy there, and its k most probable tokens (all, where it has fewer)."""
+    head = hidden(params, model_config, prompts, rollout)
+    stats = stats_lib.token_stats(head, None, rollout.tokens_BT, signal=Signal("nll"), needs=("logp", "entropy"))
+    k = min(k, model_config.valid_vocab_size or model_config.vocab_size)
+    top_ids_BTK, top_logp_BTK = stats_lib.topk(head, k=k)[:2] if k else (None, None)
+    values = Annotation(stats.logp_BT, stats.entropy_BT, top_ids_BTK, top_logp_BTK)
+    return jax.tree.map(lambda x: jnp.where(rollout.mask_BT.reshape(*rollout.mask_BT.shape, *(1,) * (x.ndim - 2)), x, 0), values)

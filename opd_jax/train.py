@@ -41,8 +41,9 @@ def run(config, workdir, *, stop: StopRequest | None = None, progress: Progress 
                 prompts = job.pipeline.batch(step)
                 completions = job.rollouts(job.policy(recorder.state.params), job.teacher_params, prompts, step)
                 batch = make_batch(job, prompts, completions)
+                annotated = recorder.annotate(step + 1, prompts, completions)
                 recorder.state, measured = job.update(recorder.state, job.teacher_params, batch, job.student.params)
-            yield from recorder.record(step + 1, prompts, completions, measured)
+            yield from recorder.record(step + 1, prompts, completions, measured, annotated)
     finally:
         recorder.close()
 

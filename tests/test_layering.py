@@ -30,6 +30,8 @@ objective
 learner
 metrics
 evaluate
+machine
+samples
 job
 recorder
 train

@@ -71,3 +71,36 @@ def test_padding_rows_of_the_vocabulary_have_no_mass():
     expected = np.take_along_axis(dense_logp(params, masked, prompts, inside), np.asarray(inside.tokens_BT)[..., None], -1)[..., 0]
     np.testing.assert_allclose(found, np.where(inside.mask_BT, expected, 0), atol=1e-4)
     assert int(score.topk(params, masked, prompts, inside, k=12)[0].max()) < 12
+
+
+def in_float64(logp_BTV):
+    """(log-probs, entropies) of a dense law, in float64 NumPy."""
+    logp = np.asarray(logp_BTV, np.float64)
+    logp = logp - np.log(np.exp(logp).sum(-1, keepdims=True))
+    return logp, -(np.exp(logp) * np.where(np.isneginf(logp), 0, logp)).sum(-1)
+
+
+@pytest.mark.parametrize("valid", [None, 13])
+def test_annotations_equal_dense_ones_in_float64(valid):
+    """A teacher with padded vocabulary rows is as one without them."""
+    import dataclasses
+
+    params, config, prompts, rollout = case()
+    config = dataclasses.replace(config, valid_vocab_size=valid)
+    rollout = rollout.replace(tokens_BT=rollout.tokens_BT % 13)
+    logp, entropy_BT = in_float64(dense_logp(params, config, prompts, rollout))
+    mask, found = np.asarray(rollout.mask_BT), score.annotate(params, config, prompts, rollout, k=5)
+    chosen = np.take_along_axis(logp, np.asarray(rollout.tokens_BT)[..., None], -1)[..., 0]
+    np.testing.assert_allclose(found.logp_BT, np.where(mask, chosen, 0), atol=1e-4)
+    np.testing.assert_allclose(found.entropy_BT, np.where(mask, entropy_BT, 0), atol=1e-4)
+    np.testing.assert_allclose(found.top_logp_BTK, np.where(mask[..., None], -np.sort(-logp, axis=-1)[..., :5], 0), atol=1e-4)
+    ids = np.asarray(found.top_ids_BTK)
+    np.testing.assert_allclose(np.take_along_axis(logp, ids, -1)[mask], np.asarray(found.top_logp_BTK)[mask], atol=1e-4)
+    np.testing.assert_allclose(found.logp_BT, score.logprobs(params, config, prompts, rollout), atol=1e-6)
+    assert all(len(set(row)) == 5 for row in ids[mask].tolist())
+
+
+def test_annotations_without_a_top_and_with_more_than_there_is():
+    params, config, prompts, rollout = case()
+    assert score.annotate(params, config, prompts, rollout).top_ids_BTK is None
+    assert score.annotate(params, config, prompts, rollout, k=50).top_ids_BTK.shape == (*rollout.tokens_BT.shape, 17)

@@ -151,3 +151,47 @@ def test_the_real_tokenizer_equals_transformers(shared_data):
     assert ours.encode_prompt(head) + ours.encode(tail) == ours.encode_prompt(head + tail)
     assert ours.encode_prompt("")[:1] == [ours.bos_id]
     assert ours.decode(ours.encode_prompt(text)).strip() == text
+
+
+def whole(tokenizer, ids):
+    return tokenizer._fast.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+@given(st.one_of(st.lists(st.integers(0, 258), max_size=12), st.text(max_size=8).map(lambda text: list(text.encode()))))
+@settings(max_examples=400, deadline=None)
+def test_pieces_are_the_text_each_character_once(ids):
+    """Also of bytes that are no UTF-8, and with special tokens among them."""
+    pieces = lib.byte().pieces(ids)
+    assert len(pieces) == len(ids)
+    assert "".join(pieces) == whole(lib.byte(), ids)
+    for i, piece in zip(ids, pieces, strict=True):
+        assert (i in lib.byte().special_ids) == (piece in ("<bos>", "<eos>", "<pad>"))
+
+
+def test_a_character_of_several_tokens_stands_at_the_one_that_completes_it():
+    byte = lib.byte()
+    assert byte.pieces([*"a東".encode(), 257]) == ["a", "", "", "東", "<eos>"]
+    assert byte.pieces([0xE6, 0x9D]) == ["", "\ufffd"]  # half a character, at the end
+    assert byte.pieces([0xE6, 257, 0x61]) == ["\ufffd", "<eos>", "a"]
+    assert byte.pieces([0xFF, 0x61]) == ["", "\ufffda"]
+    assert byte.pieces([], before=[0x61]) == []
+
+
+def test_a_token_by_itself_shows_bytes_that_are_no_character():
+    byte = lib.byte()
+    assert [byte.piece(i) for i in (0x61, 0x20, 0xE6, 257)] == ["a", " ", "<0xE6>", "<eos>"]
+
+
+def test_pieces_keep_the_spaces_that_a_decoder_strips_at_the_beginning(tmp_path):
+    """SentencePiece writes a space into the first token of a word, and its decoder drops the one at the beginning of a text."""
+    vocabulary = {"<unk>": 0, "</s>": 1, "▁Once": 2, "▁upon": 3, "▁": 4, "<0xE6>": 5, "<0x9D>": 6, "<0xB1>": 7, "a": 8}
+    core = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
+    parts = [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+    core.decoder = tokenizers.decoders.Sequence([*parts, tokenizers.decoders.Strip(" ", 1, 0)])
+    core.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>")
+    tokenizer = lib.Tokenizer(fast, eos_ids=[1], adds_bos=False)
+    assert tokenizer.pieces([2, 3, 4, 5, 6, 7, 1]) == ["Once", " upon", " ", "", "", "東", "</s>"]
+    assert tokenizer.pieces([3, 1], before=[2]) == [" upon", "</s>"]
+    assert tokenizer.decode([3]) == "upon"
+    assert (tokenizer.piece(3), tokenizer.piece(5), tokenizer.piece(1)) == (" upon", "<0xE6>", "</s>")

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from opd_jax import checkpoint, metrics, model_io, train
+from opd_jax import checkpoint, machine, metrics, model_io, train
 from opd_jax import config as config_lib
 from opd_jax.types import UserError
 
@@ -73,7 +73,7 @@ def test_records_files_and_names(teacher, tmp_path):
     assert evaluated == [0, 5]
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     assert {s["step"] for s in samples} == {1, 2, 4, 5}
-    assert set(samples[0]) == {"step", "prompt", "completion", "token_ids"}
+    assert {"step", "prompt", "completion", "token_ids", "student_logp", "teacher_top"} <= set(samples[0])
     assert json.loads((tmp_path / "run" / "config.json").read_text())["rollout"]["batch_size"] == 8
 
 
@@ -88,6 +88,8 @@ def test_leaving_early_and_resuming_equals_one_run(teacher, tmp_path):
         assert resumed[-1]["step"] == 5
         records = metrics.read(workdir / "metrics.jsonl")
         assert without_clock(records) == without_clock(whole)
+        sessions = [0, *(step for s in machine.read(workdir) for step in (s["from_step"], s["to_step"])), 5]
+        assert sessions[0::2] == sessions[1::2]  # each goes on where the one before it ended
         assert_same_student(workdir, tmp_path / "whole")
         assert (workdir / "samples.jsonl").read_text() == (tmp_path / "whole" / "samples.jsonl").read_text()
 

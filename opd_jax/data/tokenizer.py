@@ -27,6 +27,8 @@ _READ = (
     *("chat_template.jinja", "chat_template.json", "processor_config.json"),
 )
 _MAX_VOCABULARY = 2**22  # an embedding has a row for each id up to the highest
+REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no UTF-8
+UTF8_TOKENS = 4  # a character has at most so many bytes, and a token at least one
 
 
 class Tokenizer:
@@ -85,6 +87,65 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text without special tokens; bytes that are no UTF-8 become replacement characters."""
         return self._fast.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def pieces(self, ids: Iterable[int], *, before: Iterable[int] = ()) -> list[str]:
+        """What each token adds to the text of the tokens ahead of it, `before` among them; joined, the pieces are that text.
+
+        A character that several tokens make stands at the one that completes it, the others are empty. Special tokens stand by their names.
+        """
+        before = list(before)
+        ids = before + list(ids)
+        pieces = [""] * len(ids)
+        start, read = 0, len(before)  # pieces of ids[:read] are settled; those from `start` on are decoded again, as context
+        for end in range(read + 1, len(ids) + 1):
+            if ids[end - 1] in self.special_ids:
+                if read < end - 1:
+                    pieces[end - 2] = self._added(ids[start:read], ids[read : end - 1])
+                pieces[end - 1] = self._name(ids[end - 1])
+                start, read = end - 1, end
+                continue
+            added = self._added(ids[start:read], ids[read:end])
+            if not added.endswith(REPLACEMENT):
+                pieces[end - 1] = added
+                start, read = read, end
+            elif end - read == UTF8_TOKENS:  # the oldest token is not the beginning of a character after all
+                pieces[read] = self._added(ids[start:read], ids[read : read + 1])
+                read += 1
+        if read < len(ids):
+            pieces[-1] = self._added(ids[start:read], ids[read:])
+        return pieces[len(before) :]
+
+    def _added(self, context: list[int], ids: list[int]) -> str:
+        return self._whole(context + ids)[len(self._whole(context)) :]
+
+    def _whole(self, ids: list[int]) -> str:
+        return self._fast.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def piece(self, token: int) -> str:
+        """A token by itself, in the middle of a text; one that is not whole characters stands as the bytes it holds, <0xE6>."""
+        if token in self.special_ids:
+            return self._name(token)
+        text = self._added(self._middle, [token])
+        if REPLACEMENT not in text:
+            return text
+        name = self._name(token)
+        bytes_of = {character: byte for byte, character in enumerate(_byte_characters())}
+        if all(character in bytes_of for character in name) and not name.startswith("<0x"):
+            return "".join(f"<0x{bytes_of[character]:02X}>" for character in name)
+        return name
+
+    @functools.cached_property
+    def _middle(self) -> list[int]:
+        return self._encode("a")[-1:]
+
+    def _name(self, token: int) -> str:
+        return self._fast.convert_ids_to_tokens(token) or f"<{token}>"
+
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that are no text: what `decode` leaves out, and those that stop a completion."""
+        added = self._fast.added_tokens_decoder
+        return frozenset({*self.eos_ids, *self._fast.all_special_ids, *(i for i, token in added.items() if token.special)})
 
     def vocabulary(self) -> dict[str, int]:
         return self._fast.get_vocab()
