@@ -31,7 +31,7 @@ class Annotated:
 
 
 class SampleLog:
-    """Which steps log samples, and the lines that they log. Values are those of the student before the step's update: it wrote the tokens."""
+    """Which steps log samples, and the lines that they log. Values are those of the student before the update: it wrote the tokens."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer, student: ModelConfig, teacher: ModelConfig | None, mesh: Mesh):
         self._config, self._tokenizer = config, tokenizer

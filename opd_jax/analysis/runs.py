@@ -1,0 +1,150 @@
+"""Run directories as the report reads them, and runs that differ in their seed alone as one group."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from opd_jax import config as config_lib
+from opd_jax import files, machine, metrics
+from opd_jax.analysis import stats
+from opd_jax.types import UserError
+
+EVALUATED = ("eval/accuracy", "eval/sampled_accuracy", "eval/reverse_kl", "eval/forward_kl", "eval/entropy")
+POINTS = 300  # of a curve; of more, neighbours are averaged
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run directory says about itself."""
+
+    name: str
+    config: dict[str, Any]  # flat: {"rollout.batch_size": 64, ...}
+    records: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    sessions: list[dict[str, Any]]
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        return [record for record in self.records if any(name in record for name in EVALUATED)]
+
+    @property
+    def step(self) -> int:
+        return self.records[-1]["step"] if self.records else 0
+
+    def last(self, name: str) -> Any:
+        """The newest value of a metric, or None."""
+        return next((record[name] for record in reversed(self.records) if name in record), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """One run, or several that differ in their seed alone."""
+
+    name: str
+    runs: tuple[Run, ...]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.runs[0].config
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted(run.config["seed"] for run in self.runs)
+
+    def estimate(self, name: str, records: Sequence[dict[str, Any] | None]) -> tuple[float, float | None, float | None] | None:
+        """(value, low, high) of a metric in one record per run: a run's own interval, or Student's t over seeds. None if one lacks it."""
+        if any(record is None or name not in record for record in records):
+            return None
+        values = [record[name] for record in records]
+        if len(values) == 1:
+            return values[0], records[0].get(f"{name}_low"), records[0].get(f"{name}_high")
+        if len(set(values)) == 1:
+            return values[0], None, None
+        mean, low, high = (float(x) for x in stats.t_interval(values))
+        return mean, *_within(name, low, high)
+
+
+def _within(name: str, low, high):
+    """A share cannot leave [0, 1], whatever Student's t says."""
+    fraction = name in metrics.GLOSSARY and metrics.GLOSSARY[name].unit == "fraction"
+    return (np.clip(low, 0, 1), np.clip(high, 0, 1)) if fraction else (low, high)
+
+
+def read_runs(workdirs: Sequence[str | os.PathLike]) -> list[Run]:
+    """Reads run directories; names are as short as tells them apart. Raises UserError for a folder that is none."""
+    paths = [pathlib.Path(workdir) for workdir in workdirs]
+    names = [path.resolve().name for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    return [_read_run(path, name) for path, name in zip(paths, names, strict=True)]
+
+
+def _read_run(path: pathlib.Path, name: str) -> Run:
+    if not (path / "config.json").is_file():
+        raise UserError(f"--workdir={path}: is not a run directory (config.json is missing); give the --workdir of a training run")
+    config = config_lib.flatten(files.read_json(path / "config.json", remedy="restore the file, or give another --workdir"))
+    config = config_lib.flatten(config_lib.Config()) | config
+    records, samples = (metrics.read(path / name) if (path / name).exists() else [] for name in ("metrics.jsonl", "samples.jsonl"))
+    return Run(name, config, records, samples, machine.read(path))
+
+
+def group_by_seed(runs: Sequence[Run]) -> list[Group]:
+    """Runs whose configs differ in `seed` alone stand together. A seed that comes again is no other observation: it begins a group."""
+    groups: list[list[Run]] = []
+    for run in runs:
+        for members in groups:
+            if _but_seed(members[0]) == _but_seed(run) and run.config["seed"] not in [m.config["seed"] for m in members]:
+                members.append(run)
+                break
+        else:
+            groups.append([run])
+    return [Group(_group_name(members), tuple(members)) for members in groups]
+
+
+def _but_seed(run: Run) -> dict[str, Any]:
+    return {name: value for name, value in run.config.items() if name != "seed"}
+
+
+def _group_name(runs: Sequence[Run]) -> str:
+    if len(runs) == 1:
+        return runs[0].name
+    common = os.path.commonprefix([run.name for run in runs]).rstrip("_-. /") or runs[0].name
+    return f"{common} ({len(runs)} seeds)"
+
+
+def series(group: Group, name: str) -> dict[str, Any]:
+    """{steps, values, and where there are intervals low, high and band, which says what they are} of a metric through training.
+
+    Over seeds: the mean at the steps that all of them have, with Student's t interval, or from the lowest to the highest of two.
+    """
+    records = [[record for record in run.records if name in record] for run in group.runs]
+    records = [kept for kept in records if kept]
+    if not records:
+        return {"steps": [], "values": []}
+    steps = sorted(set.intersection(*({record["step"] for record in kept} for kept in records)))
+    table = [{record["step"]: record for record in kept} for kept in records]
+    values = np.array([[one[step][name] for step in steps] for one in table])
+    if len(records) == 1 and all(f"{name}_low" in record for record in records[0]):
+        low, high = ([record[f"{name}_{end}"] for record in records[0]] for end in ("low", "high"))
+        return {"steps": steps, "values": values[0].tolist(), "low": low, "high": high, "band": "95% interval over the evaluation prompts"}
+    steps, values = _thin(np.array(steps), values)
+    curve = {"steps": steps.tolist(), "values": values.mean(0).tolist()}
+    if len(values) == 1 or not steps.size:
+        return curve
+    if len(values) == 2:
+        return curve | {"low": values.min(0), "high": values.max(0), "band": "lowest to highest of 2 seeds"}
+    low, high = _within(name, *stats.t_interval(values)[1:])
+    return curve | {"low": low, "high": high, "band": f"95% t-interval over {len(values)} seeds"}
+
+
+def _thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Means of neighbouring points ([S], [n, S]), so that at most POINTS are left."""
+    if len(steps) <= POINTS:
+        return steps, values
+    starts = np.linspace(0, len(steps), POINTS, endpoint=False).astype(int)
+    sizes = np.diff(np.append(starts, len(steps)))
+    return np.add.reduceat(steps, starts) / sizes, np.add.reduceat(values, starts, axis=1) / sizes

@@ -1,0 +1,271 @@
+"""What runs say in words and tables: sentences with numbers, before and after, configuration, environment and cost."""
+
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from opd_jax import config as config_lib
+from opd_jax.analysis.runs import EVALUATED, Group, Run
+
+COLUMNS = dict(zip(EVALUATED, ("accuracy, greedy", "accuracy, sampled", "reverse KL", "forward KL", "entropy"), strict=True))
+# What a summary tells: the evaluations where there are some, otherwise what training measured.
+SPOKEN = {
+    "eval/accuracy": "greedy accuracy",
+    "eval/sampled_accuracy": "sampled accuracy",
+    "eval/reverse_kl": "the reverse KL to the teacher",
+    "eval/forward_kl": "the forward KL",
+}
+SPOKEN_OF_TRAINING = {"train/reverse_kl": "the reverse KL on its own completions", "train/loss": "the loss"}
+METHODS = {
+    "student": "on-policy distillation",
+    "teacher": "distillation on the teacher's samples (SeqKD)",
+    "dataset": "fine-tuning on the task's solutions (SFT)",
+}
+SIGNALS = {"nll": "negative log-likelihood", "reverse_kl": "reverse KL", "forward_kl": "forward KL", "jsd": "Jensen-Shannon divergence"}
+
+Record = dict[str, Any]
+
+
+# ---- numbers
+
+
+def number(value: float, like: float | None = None) -> str:
+    """Two decimals, three below 0.1 (of `like`, so that an interval is written as its value is)."""
+    like = value if like is None else like
+    return f"{value:.{3 if 0 < abs(like) < 0.095 else 2}f}"
+
+
+def estimate(value: tuple[float, float | None, float | None] | None) -> str:
+    """`value [low, high]`, the value alone, or nothing."""
+    if value is None:
+        return ""
+    middle, low, high = value
+    return number(middle) if low is None else f"{number(middle)} [{number(low, middle)}, {number(high, middle)}]"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+# ---- before and after
+
+
+def table(groups: Sequence[Group]) -> list[list[str]]:
+    """Header, then one row per state of a student: before and after each run; rows that say the same are one. The teacher comes last."""
+    columns = [name for name in COLUMNS if any(name in r for group in groups for run in group.runs for r in run.evaluations)]
+    before: dict[tuple, list[str]] = {}
+    after, teacher = [], []
+    for group in groups:
+        if not all(run.evaluations for run in group.runs):
+            continue
+        first, last = _ends(group)
+        if all(record["step"] == 0 for record in first):
+            before.setdefault(tuple(estimate(group.estimate(name, first)) for name in columns), []).append(group.name)
+        if all(record["step"] > 0 for record in last):
+            after.append([group.name, _one_or_range([r["step"] for r in last]), *_cells(group, last, columns), *_used(group)])
+        teacher += [record["eval/teacher_sampled_accuracy"] for record in last if "eval/teacher_sampled_accuracy" in record]
+    start = [["before training" if len(before) == 1 else ", ".join(n) + ", before", "0", *c, "", ""] for c, n in before.items()]
+    cells = [number(_mean(teacher)) if name == "eval/sampled_accuracy" and teacher else "" for name in columns]
+    end = [["teacher", "", *cells, "", ""]] if teacher else []
+    return [["student", "updates", *(COLUMNS[name] for name in columns), "tokens", "time"], *start, *after, *end]
+
+
+def _ends(group: Group) -> tuple[list[Record], list[Record]]:
+    return [run.evaluations[0] for run in group.runs], [run.evaluations[-1] for run in group.runs]
+
+
+def _cells(group: Group, records: Sequence[Record], columns: Sequence[str]) -> list[str]:
+    return [estimate(group.estimate(name, records)) for name in columns]
+
+
+def _used(group: Group) -> list[str]:
+    return [f"{_mean([run.last('rollout/tokens_total') or 0 for run in group.runs]):,.0f}", f"{_seconds(group):.0f} s"]
+
+
+def _seconds(group: Group) -> float:
+    return _mean([run.last("time/total_seconds") or 0.0 for run in group.runs])
+
+
+def _one_or_range(values: Sequence[int]) -> str:
+    return str(values[0]) if min(values) == max(values) else f"{min(values)} to {max(values)}"
+
+
+def caption(groups: Sequence[Group]) -> str:
+    """What the numbers of the table are."""
+    runs = [run for group in groups for run in group.runs]
+    prompts = sorted({int(record["eval/prompts"]) for run in runs for record in run.evaluations if "eval/prompts" in record})
+    samples, seeds = (sorted({run.config[name] for run in runs}) for name in ("eval.samples", "seed"))
+    single, several = any(len(group.runs) == 1 for group in groups), any(len(group.runs) > 1 for group in groups)
+    text = ""
+    if single:
+        rows = "In rows of one seed, in brackets" if several else "In brackets"
+        text = f"{rows}: 95% intervals over the {_either(prompts)} held-out evaluation prompts, not over seeds (seed {_either(seeds)}). "
+    if several:
+        counts = _either(sorted({len(group.runs) for group in groups if len(group.runs) > 1}))
+        text += f"Rows of several seeds: means, in brackets 95% t-intervals over the {counts} seeds; tokens and time are means. "
+    text += f"All but greedy accuracy: samples at temperature 1, {_either(samples)} per prompt. KL to the teacher and entropy: nats per "
+    text += "token. Tokens: completion tokens in the loss. Time: training, without evaluations."
+    trained_on = sorted({run.config["task.train_size"] for run in runs})
+    if trained_on == [0]:
+        return text
+    return f"{text} Training prompts: {_either([size or 'unlimited' for size in trained_on])}, drawn again and again."
+
+
+def _either(values: Sequence) -> str:
+    return " or ".join(str(value) for value in values) or "no"
+
+
+# ---- sentences
+
+
+def sentences(groups: Sequence[Group]) -> list[str]:
+    """For each group what was trained, what changed and what it cost; then how the groups compare."""
+    told = [" ".join(filter(None, (_what(group), _changes(group), _cost(group)))) for group in groups]
+    return told + _comparison(groups)
+
+
+def _what(group: Group) -> str:
+    c = group.config
+    signal = SIGNALS.get(c["signal.divergence"], c["signal.divergence"])
+    if c["signal.divergence"] != "nll":
+        signal += " over the whole vocabulary" if c["signal.support"] == "full" else f" ({c['signal.support']} support)"
+    credit = "" if c["estimator.credit"] == "token" else f", credit {c['estimator.credit']}"
+    learns = c["rollout.source"] == "teacher" or c["signal.divergence"] != "nll"
+    teacher = f" from {name}" if learns and (name := _model(c, "teacher")) else ""
+    prompts = f" ({c['task.train_size']:,} training prompts)" if c["task.train_size"] else ""
+    done = _one_or_range([run.step for run in group.runs])
+    seeds = f", seeds {', '.join(map(str, group.seeds))}" if len(group.runs) > 1 else ""
+    method = METHODS.get(c["rollout.source"], c["rollout.source"])
+    return (
+        f"{group.name}: {method} of {_model(c, 'student')}{teacher} on {c['task.name']}{prompts}, "
+        f"by the {signal}{credit}; {done} of {c['steps']} updates of {c['rollout.batch_size']} completions of at most "
+        f"{c['rollout.max_new_tokens']} tokens{seeds}."
+    )
+
+
+def _model(config: dict[str, Any], block: str) -> str:
+    """A model as its config names it, without the folders above it."""
+    source = config[f"{block}.path"] or config[f"{block}.recipe"]
+    if source:
+        return pathlib.PurePath(source).name or source
+    return f"a new {config['student.init.model_type']}" if block == "student" else ""
+
+
+def _changes(group: Group) -> str:
+    spoken = SPOKEN if all(len(run.evaluations) > 1 for run in group.runs) else SPOKEN_OF_TRAINING
+    told = [text for name, words in spoken.items() if (text := _change(group, name, words))]
+    if not told:
+        return ""
+    over = f" (means of {len(group.runs)} seeds, 95% t-intervals)" if len(group.runs) > 1 else ""
+    text = f"{'; '.join(told)}{over}."
+    return text[0].upper() + text[1:]
+
+
+def _change(group: Group, name: str, words: str) -> str:
+    """`words rose from a [..] to b [..]`; nothing where a run lacks two values."""
+    kept = [[record for record in run.records if name in record] for run in group.runs]
+    if any(len(records) < 2 for records in kept):
+        return ""
+    first, last = (group.estimate(name, [records[i] for records in kept]) for i in (0, -1))
+    verb = "stayed at" if first[0] == last[0] else ("rose" if last[0] > first[0] else "fell")
+    if verb == "stayed at":
+        return f"{words} stayed at {estimate(last)}"
+    doubt = ", within the intervals" if _overlap(first, last) else ""
+    return f"{words} {verb} from {estimate(first)} to {estimate(last)}{doubt}"
+
+
+def _overlap(a, b) -> bool:
+    return None not in (*a, *b) and a[1] <= b[2] and b[1] <= a[2]
+
+
+def _cost(group: Group) -> str:
+    seconds, tokens = _seconds(group), _mean([run.last("rollout/tokens_total") or 0 for run in group.runs])
+    if not seconds:
+        return ""
+    each = " each" if len(group.runs) > 1 else ""
+    devices = {_device(run.sessions[-1]) for run in group.runs if run.sessions}
+    place = f" on {' and '.join(sorted(devices))}" if devices else ""
+    return f"It took {seconds:,.0f} s of training{each}{place}, {tokens:,.0f} completion tokens ({tokens / seconds:,.0f} per second)."
+
+
+def _device(session: Record) -> str:
+    """What the arithmetic ran on: a CPU by its name and cores, an accelerator by its kind and number."""
+    if session.get("platform") == "cpu":
+        return f"{session.get('cpu_count')} cores of {session.get('cpu')}"
+    return f"{session.get('devices')} × {session.get('device_kind')}"
+
+
+def _comparison(groups: Sequence[Group]) -> list[str]:
+    """Which group ends best in the first metric that all have, and whether the next one's interval is apart from its own."""
+    complete = [group for group in groups if all(run.evaluations for run in group.runs)]
+    if len(complete) < 2:
+        return []
+    for name, words in SPOKEN.items():
+        ends = [(group.estimate(name, _ends(group)[1]), group.name) for group in complete]
+        if all(value is not None for value, _ in ends):
+            better = "highest" if "accuracy" in name else "lowest"
+            (best, first), (next_best, second), *_ = sorted(ends, key=lambda end: end[0][0], reverse=better == "highest")
+            if best[0] == next_best[0]:
+                return [f"{first} and {second} end with the same {words.removeprefix('the ')}, {estimate(best)}."]
+            apart = "their intervals overlap" if _overlap(best, next_best) else "their intervals do not overlap"
+            apart = f"; {apart}" if None not in (*best, *next_best) else ""
+            metric = words.removeprefix("the ")
+            return [f"{first} ends with the {better} {metric}, {estimate(best)}, then {second}, {estimate(next_best)}{apart}."]
+    return []
+
+
+# ---- configuration, environment, cost: each row a name and one value per run
+
+Rows = list[tuple[str, list]]
+
+
+def config_tables(runs: Sequence[Run]) -> tuple[Rows, Rows, Rows]:
+    """Fields that differ between the runs, a value for each; with one value, others that differ from their defaults; the rest."""
+    defaults = config_lib.flatten(config_lib.Config())
+    between, changed, same = [], [], []
+    for name in dict.fromkeys(name for run in runs for name in run.config):
+        values = [run.config.get(name) for run in runs]
+        if any(value != values[0] for value in values):
+            between.append((name, values))
+        else:
+            (changed if values[0] != defaults.get(name) else same).append((name, values[:1]))
+    return between, changed, same
+
+
+def environment_table(runs: Sequence[Run]) -> Rows:
+    """What each run ran on, by the notes of its sessions, and what it cost; a row where some run knows its value."""
+    facts: dict[str, Callable[[Run], Any]] = {
+        "device": lambda run: f"{(s := run.sessions[-1])['devices']} × {s['device_kind']} ({s['platform']})",
+        "host": lambda run: f"{(s := run.sessions[-1])['cpu_count']} cores of {s['cpu']}, {s['system']}",
+        "processes": lambda run: run.sessions[-1]["processes"],
+        "software": lambda run: f"opd_jax {run.sessions[-1]['opd_jax']}, Python {run.sessions[-1]['python']}",
+        "libraries": lambda run: ", ".join(f"{name} {version}" for name, version in run.sessions[-1]["libraries"].items()),
+        "sessions": lambda run: "; ".join(f"from update {s['from_step']}: {s['devices']} × {s['device_kind']}" for s in run.sessions),
+        "updates": lambda run: f"{run.step:,}",
+        "training": lambda run: _duration(run.last("time/total_seconds")),
+        "evaluations": lambda run: _duration(sum(r["time/eval_seconds"] for r in run.records if "time/eval_seconds" in r)),
+        "completion tokens": lambda run: f"{run.last('rollout/tokens_total'):,}",
+        "tokens per second": lambda run: f"{run.last('rollout/tokens_total') / run.last('time/total_seconds'):,.0f}",
+        "peak memory of the process": lambda run: _bytes(max(s.get("peak_host_bytes", 0) for s in run.sessions)),
+        "peak memory of a device": lambda run: _bytes(max(s.get("peak_device_bytes", 0) for s in run.sessions)),
+    }
+    rows = [(name, [_or_nothing(fact, run) for run in runs]) for name, fact in facts.items()]
+    return [(name, values) for name, values in rows if any(values)]
+
+
+def _or_nothing(fact: Callable[[Run], Any], run: Run) -> str:
+    """Notes of other versions, and runs that have just begun, lack some facts."""
+    try:
+        return str(fact(run))
+    except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError, AttributeError):
+        return ""
+
+
+def _duration(seconds: float) -> str:
+    if not seconds:
+        return ""
+    return f"{seconds:,.1f} s" if seconds < 600 else f"{seconds / 60:,.0f} min"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count else ""
