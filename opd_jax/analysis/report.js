@@ -7,7 +7,7 @@
   const viewer = document.getElementById("viewer");
   const tip = make("div", { id: "tip", role: "tooltip", hidden: "" });
   let run = runs[0];
-  let at = run.steps.length - 1;
+  let at = 0;
   let pinned = null; // the token that has the focus
 
   function make(name, attributes = {}, ...children) {
@@ -18,7 +18,7 @@
   }
 
   const known = (value) => value !== null && value !== undefined;
-  const percent = (p) => (p >= 0.001 ? (100 * p).toFixed(1) + " %" : (100 * p).toExponential(1) + " %");
+  const share = (p) => (p >= 0.001 ? p.toFixed(3) : p.toExponential(1).replace("-", "−"));
   const nats = (value) => (known(value) ? value.toFixed(2).replace("-", "−") + " nats" : "unknown");
   const ratio = (sample, i) => (sample.q && known(sample.q[i]) && known(sample.s[i]) ? sample.q[i] - sample.s[i] : null);
   const shown = (text) => (text === "" ? "(part of a character)" : text.replace(/\n/g, "").replace(/^ +| +$/g, (s) => "␣".repeat(s.length)));
@@ -73,8 +73,8 @@
     const rows = [["student", Math.exp(sample.s[i]), sample.s[i]]];
     if (sample.q) rows.push(["teacher", Math.exp(sample.q[i]), sample.q[i]]);
     const body = make("tbody");
-    for (const [name, p, logp] of rows) row(body, `${name} probability`, known(logp) ? percent(p) : "unknown");
-    if (sample.q) row(body, "log-ratio (teacher less student)", nats(ratio(sample, i)));
+    for (const [name, p, logp] of rows) row(body, `${name} probability`, known(logp) ? share(p) : "unknown");
+    if (sample.q) row(body, "log-ratio, log q − log π", nats(ratio(sample, i)));
     row(body, "student entropy", nats(sample.h && sample.h[i]));
     if (sample.g) row(body, "teacher entropy", nats(sample.g[i]));
     const kind = sample.special.includes(i) ? " (special)" : "";
@@ -92,7 +92,7 @@
       const bar = make("i");
       bar.style.width = `${100 * (list[k + 1] || 0)}%`;
       const text = make("th", { scope: "row" }, make("code", {}, shown(run.texts[list[k]])));
-      const p = known(list[k + 1]) ? percent(list[k + 1]) : "unknown";
+      const p = known(list[k + 1]) ? share(list[k + 1]) : "unknown";
       body.append(make("tr", {}, text, make("td", { class: "bar", "aria-hidden": "true" }, bar), make("td", {}, p)));
     }
     return make("table", {}, body);
@@ -102,11 +102,19 @@
     describe(element.closest(".sample").sample, Number(element.dataset.i));
     tip.hidden = false;
     element.setAttribute("aria-describedby", "tip");
-    const box = element.getClientRects()[0];
-    const width = tip.offsetWidth;
-    const below = box.bottom + 6 + tip.offsetHeight < innerHeight || box.top < tip.offsetHeight + 6;
-    tip.style.left = `${scrollX + Math.max(8, Math.min(box.left, document.documentElement.clientWidth - width - 8))}px`;
-    tip.style.top = `${scrollY + (below ? box.bottom + 6 : box.top - tip.offsetHeight - 6)}px`;
+    place(element.getClientRects()[0], tip.offsetWidth, tip.offsetHeight, document.documentElement.clientWidth, innerHeight);
+  }
+
+  // Below the token, above it, or where there is no room for either beside it. On a narrow screen the style sheet takes the other half.
+  function place(box, width, height, wide, high) {
+    const below = box.bottom + 6 + height < high;
+    const above = box.top > height + 6;
+    const beside = box.right + 12 + width < wide ? box.right + 12 : box.left - width - 12;
+    const left = below || above ? Math.min(box.left, wide - width - 8) : beside;
+    const top = below ? box.bottom + 6 : above ? box.top - height - 6 : Math.min(box.top, high - height - 6);
+    tip.style.left = `${scrollX + Math.max(8, left)}px`;
+    tip.style.top = `${scrollY + Math.max(6, top)}px`;
+    tip.classList.toggle("high", box.top > high / 2);
   }
 
   function hide() {
@@ -176,7 +184,7 @@
     const select = make("select", {}, ...runs.map((one, i) => make("option", { value: i }, one.name)));
     select.addEventListener("change", () => {
       run = runs[select.value];
-      go(run.steps.length - 1);
+      go(0);
     });
     controls.append(make("label", {}, "run ", select));
   }

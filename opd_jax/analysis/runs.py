@@ -69,9 +69,10 @@ class Group:
 
 
 def _within(name: str, low, high):
-    """A share cannot leave [0, 1], whatever Student's t says."""
+    """A share is in [0, 1], a divergence, entropy, length or norm at least 0, whatever Student's t says."""
     fraction = name in metrics.GLOSSARY and metrics.GLOSSARY[name].unit == "fraction"
-    return (np.clip(low, 0, 1), np.clip(high, 0, 1)) if fraction else (low, high)
+    least = 0 if fraction or name.endswith(("_kl", "entropy", "length", "grad_norm")) else -np.inf
+    return np.clip(low, least, None), np.clip(high, None, 1 if fraction else np.inf)
 
 
 def read_runs(workdirs: Sequence[str | os.PathLike]) -> list[Run]:
