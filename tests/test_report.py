@@ -234,6 +234,7 @@ def test_environment_and_cost_of_each_run(tmp_path):
 def test_text_is_made_visible_and_json_fits_into_a_script_element():
     hostile = "a\tb\n\x00\x1b\x7f\x85\u202e\u200b\u2028\ufeff\ud800\U000e0041é東🙂"
     assert token_view.visible(hostile, breaks="⏎\n") == ("a\tb⏎\n␀␛⟨U+007F⟩⟨U+0085⟩⟨U+202E⟩⟨U+200B⟩⟨U+2028⟩⟨U+FEFF⟩⟨U+D800⟩⟨U+E0041⟩é東🙂")
+    assert [token_view.token_text(text) for text in ("\u0301\u0300", "e\u0301", "", "\n")] == ["◌\u0301\u0300", "e\u0301", "", "⏎"]
     value = ["</script><!--<script>", "]]>&amp;", hostile]
     text = token_view.script_json(value)
     assert text.isascii() and not set("<>&") & set(text) and json.loads(text) == value

@@ -38,6 +38,12 @@ def _visible(character: str, breaks: str) -> str:
     return chr(0x2400 + code) if code < 0x20 else f"⟨U+{code:04X}⟩"
 
 
+def token_text(token: str, *, breaks: str = "⏎") -> str:
+    """A token that can be pointed at: made visible, and combining marks alone on a dotted circle instead of the token before them."""
+    marks = token and all(unicodedata.category(character).startswith("M") for character in token)
+    return ("◌" if marks else "") + visible(token, breaks=breaks)
+
+
 def script_json(value: Any) -> str:
     """JSON for the inside of a <script> element: ASCII alone, and nothing that could end the element or begin a comment."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
@@ -102,7 +108,7 @@ def page_data(runs: Sequence[Run]) -> dict[str, Any]:
         shown, limit, left_out = choose(run, len(runs))
         texts: dict[str, int] = {}
         steps = [{"step": step, "samples": [_entry(sample, limit, texts) for sample in samples]} for step, samples in shown.items()]
-        data.append({"name": visible(run.name), "steps": steps, "texts": [visible(text, breaks="⏎") for text in texts], "note": left_out})
+        data.append({"name": visible(run.name), "steps": steps, "texts": [token_text(text) for text in texts], "note": left_out})
     return {"scale": SCALE, "runs": data}
 
 
@@ -112,7 +118,7 @@ def _entry(sample: Sample, limit: int, texts: dict[str, int]) -> dict[str, Any]:
     tokens = tokens_of(sample)
     if tokens is None:
         return entry | {"text": completion_of(sample)}
-    entry |= {"t": [visible(token, breaks="⏎\n") for token in tokens[:limit]], "more": max(len(tokens) - limit, 0)}
+    entry |= {"t": [token_text(token, breaks="⏎\n") for token in tokens[:limit]], "more": max(len(tokens) - limit, 0)}
     entry["special"] = [position for position in sample.get("special", []) if position < limit]
     for name, short in COLUMNS.items():
         values = sample.get(name)
@@ -155,7 +161,7 @@ def worst_tokens(run: Run) -> list[dict[str, Any]]:
         before = (sample["prompt"] + "".join(sample["tokens"][:position]))[-AROUND:]
         after = "".join(sample["tokens"][position + 1 : position + 6])
         context = {"before": visible(before, breaks="⏎"), "after": visible(after, breaks="⏎")}
-        text = {"token": visible(token, breaks="⏎"), "special": special, "step": sample["step"]}
+        text = {"token": token_text(token), "special": special, "step": sample["step"]}
         rows.append(text | {"count": len(seen), "mean": mean, "lowest": lowest, **context})
     rows = [row for row in rows if row["mean"] < 0]
     return sorted(rows, key=lambda row: (row["mean"], row["token"]))[:WORST]
