@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 from run_directories import annotated, make
 
 from opd_jax.analysis import runs, token_view
