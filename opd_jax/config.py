@@ -155,6 +155,9 @@ class Checkpoint:
 class Log:
     samples_every: int = 50  # updates between logged samples; 0: none
     samples: int = 4  # completions per logged step
+    tensorboard: bool = False  # event files for TensorBoard beside metrics.jsonl, in the run's tensorboard/ (package tensorboardX)
+    wandb: bool = False  # the same for Weights & Biases (package wandb); WANDB_MODE=offline keeps it on this machine
+    wandb_project: str = "opd_jax"  # project of the run there; WANDB_ENTITY names the team
 
 
 @dataclasses.dataclass(frozen=True)

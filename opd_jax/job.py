@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from opd_jax import checkpoint, files, learner, machine, metrics, model_io, parallel, rollout, teachers
+from opd_jax import checkpoint, files, learner, machine, metrics, model_io, parallel, rollout, teachers, trackers
 from opd_jax import config as config_lib
 from opd_jax import objective as objective_lib
 from opd_jax.config import Config
@@ -47,6 +47,7 @@ class Job:
     checkpoints: checkpoint.Checkpoints
     writer: metrics.MetricsWriter
     samples: SampleLog
+    trackers: trackers.Trackers
     state: TrainState
     step: int
     resumed: bool
@@ -71,6 +72,7 @@ def setup(parsed: Config, workdir: str | os.PathLike, *, make_model: Callable[[s
     asked, workdir = parsed, pathlib.Path(workdir)
     objective = objective_lib.from_config(parsed, has_teacher=bool(parsed.teacher.path or parsed.teacher.recipe))
     check_workdir(workdir, asked)
+    trackers.check(parsed.log)
     mesh = parallel.make_mesh(parsed.mesh.data, parsed.mesh.fsdp, parsed.mesh.tensor)
     task = tasks.make(**dataclasses.asdict(parsed.task))
     _warn_of_other_laws(parsed)
@@ -111,6 +113,7 @@ def setup(parsed: Config, workdir: str | os.PathLike, *, make_model: Callable[[s
         checkpoints=checkpoints,
         writer=writer,
         samples=SampleLog(parsed, student.tokenizer, student.config, teacher.config if teacher else None, mesh),
+        trackers=trackers.make(asked, workdir, kept=step if resumed else -1),
         state=state,
         step=step,
         resumed=resumed,

@@ -1,6 +1,5 @@
-"""metrics.jsonl and samples.jsonl, what each metric means, and the progress display."""
+"""metrics.jsonl and samples.jsonl, and the progress display. GLOSSARY says what each metric means."""
 
-import dataclasses
 import json
 import math
 import os
@@ -10,68 +9,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from opd_jax import files
+from opd_jax.glossary import GLOSSARY as GLOSSARY
 from opd_jax.types import UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class Description:
-    meaning: str
-    unit: str
-
-
-def _glossary() -> dict[str, Description]:
-    with_interval = {
-        "eval/accuracy": Description(
-            "share of held-out prompts whose greedy completion the verifier accepts (interval: Wilson)", "fraction"
-        ),
-        "eval/sampled_accuracy": Description(
-            "mean reward of samples at temperature 1: avg@k (interval: bootstrap over prompts)", "fraction"
-        ),
-        "eval/reverse_kl": Description(
-            "sum_t KL(student || teacher) / tokens on fresh samples of the student, exact over the vocabulary", "nats/token"
-        ),
-        "eval/forward_kl": Description(
-            "sum_t KL(teacher || student) / tokens on fresh samples of the teacher, exact over the vocabulary", "nats/token"
-        ),
-    }
-    intervals = {
-        f"{name}_{end}": Description(f"{end} end of the 95% interval of {name} over the evaluation prompts", described.unit)
-        for name, described in with_interval.items()
-        for end in ("low", "high")
-    }
-    return {
-        "step": Description("updates done", "updates"),
-        "train/loss": Description("the objective on this step's batch, before the update", "nats, scaled by the normaliser"),
-        "train/grad_norm": Description("global norm of the gradient before clipping", "loss per parameter unit"),
-        "train/learning_rate": Description("learning rate of this update", "-"),
-        "train/reverse_kl": Description(
-            "mean over tokens of KL(student || teacher) on the student's own rollouts, exact over the vocabulary",
-            "nats/token",
-        ),
-        "train/log_ratio_mean": Description("mean over tokens of log q(y) - log pi(y), teacher less student", "nats/token"),
-        "train/tokens": Description("completion tokens in this step's loss", "tokens"),
-        "rollout/length": Description("mean completion length, stop token included", "tokens"),
-        "rollout/truncated_fraction": Description("share of completions that max_new_tokens cut off", "fraction"),
-        "rollout/entropy": Description("mean over completion tokens of the student's entropy", "nats/token"),
-        "rollout/reward": Description("mean reward of the verifier on this step's completions", "reward"),
-        "rollout/prompts_truncated": Description("prompts of this step that lost their first tokens", "prompts"),
-        "rollout/tokens_total": Description("completion tokens in the loss since the run began", "tokens"),
-        "rollout/tokens_per_second": Description("completion tokens of this step / time/step_seconds", "tokens/s"),
-        "time/step_seconds": Description("wall time of this step, without evaluations and checkpoints", "s"),
-        "time/total_seconds": Description("sum of time/step_seconds since the run began", "s"),
-        **with_interval,
-        **intervals,
-        "eval/prompts": Description("held-out prompts of this evaluation", "prompts"),
-        "eval/teacher_sampled_accuracy": Description("mean reward of the teacher's samples at temperature 1", "fraction"),
-        "eval/pass_at_k": Description("chance that at least one of eval.samples completions is accepted, unbiased", "fraction"),
-        "eval/entropy": Description("mean over tokens of the student's entropy on its own samples", "nats/token"),
-        "eval/length": Description("mean length of the student's samples, stop token included", "tokens"),
-        "eval/truncated_fraction": Description("share of the student's samples that max_new_tokens cut off", "fraction"),
-        "time/eval_seconds": Description("wall time of this evaluation", "s"),
-    }
-
-
-GLOSSARY: dict[str, Description] = _glossary()
 
 
 class MetricsWriter:

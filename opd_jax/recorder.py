@@ -92,12 +92,15 @@ class Recorder:
                 self._complete(self._pending)
         finally:
             intact = not any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state))
-            if intact and int(self.state.step) == self.step != self._saved_step:
-                self._save()
-            if self.step > self.job.step or not self.job.resumed:
-                machine.end_session(self.job.workdir, self.step, self.job.mesh)
-            self._waiter.shutdown()
-            self._progress.close()
+            try:
+                if intact and int(self.state.step) == self.step != self._saved_step:
+                    self._save()
+                if self.step > self.job.step or not self.job.resumed:
+                    machine.end_session(self.job.workdir, self.step, self.job.mesh)
+            finally:
+                self._waiter.shutdown()
+                self.job.trackers.close()
+                self._progress.close()
 
     def _complete(self, pending: Pending, *, evaluate: bool = False) -> dict:
         record = {"step": pending.step, **self._train_metrics(pending.step, pending.measured), **self._rollout_metrics(pending)}
@@ -151,9 +154,11 @@ class Recorder:
 
     def _write(self, record: dict) -> dict:
         self.job.writer.write(record)
+        self.job.trackers.write(record)
         self._progress.update(record)
         return record
 
     def _save(self) -> None:
+        self.job.trackers.flush()
         self.job.checkpoints.save(self.step, self.state.replace(finite=jnp.ones_like(self.state.finite)), self._info)
         self._saved_step = self.step

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "opd_jax"
 # From top to bottom; the modules of one line may not import each other unless they are one package.
 FLOORS = """types
 files
-config cli
+config cli glossary
 numerics
 parallel
 models
@@ -29,6 +29,7 @@ pair
 objective
 learner
 metrics
+trackers
 evaluate
 machine
 samples
@@ -50,6 +51,8 @@ VENDORS = {
     "matplotlib": {"analysis"},
     "ml_collections": {"config"},
     "optax": {"learner"},
+    "tensorboardX": {"trackers"},
+    "wandb": {"trackers"},
     "torch": set(),
     "trl": set(),
 }
@@ -112,7 +115,7 @@ def test_import_is_light():
     """`import opd_jax` and its pure modules bring in none of the heavy vendors."""
     code = "import sys, opd_jax.train; print(' '.join(sorted(m for m in sys.modules if '.' not in m)))"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    assert not {"torch", "matplotlib", "tensorflow", "tensorflow_datasets", "transformers"} & set(loaded)
+    assert not {"torch", "matplotlib", "tensorflow", "tensorflow_datasets", "transformers", "tensorboardX", "wandb"} & set(loaded)
 
 
 def test_files_and_functions_stay_readable():
