@@ -29,10 +29,6 @@ class Description:
     unit: str
     source: str = ""
 
-    def text(self) -> str:
-        """One line of plain text."""
-        return f"{self.meaning}: {self.formula} [{self.unit}]" + (f" ({self.source})" if self.source else "")
-
 
 def depends_on_clock(name: str) -> bool:
     """Whether a metric of this name may differ between two runs of the same config on one machine."""

@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 from opd_jax import config as config_lib
 from opd_jax.config import Config, ConfigError
-from opd_jax.glossary import GLOSSARY
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +108,7 @@ def numbers(record: dict[str, Any]) -> dict[str, float]:
 
 
 class TensorBoard:
-    """Event files in WORKDIR/tensorboard: one summary per step, the config as text, and what each metric means.
+    """Event files in WORKDIR/tensorboard: one summary per step, and the config as text.
 
     A start from an earlier checkpoint opens a new file that begins with a session mark (tensorboardX calls it purge_step): TensorBoard
     then hides what older files hold from that step on.
@@ -119,7 +118,6 @@ class TensorBoard:
         self._config, self._folder, self._first = config, workdir / "tensorboard", kept + 1
         self._writer = None
         self._flushed = time.monotonic()
-        self._described: set[str] = set()
 
     def _open(self):
         # Not tensorboardX.SummaryWriter: its thread dies of a full disk, after which a write waits for ever on a full queue.
@@ -136,17 +134,11 @@ class TensorBoard:
 
     def write(self, record: dict[str, Any]) -> None:
         from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata
+        from tensorboardX.proto.summary_pb2 import Summary
 
         if self._writer is None:
             self._open()
-        values = []
-        for name, number in numbers(record).items():
-            value = Summary.Value(tag=name, simple_value=number)
-            if name in GLOSSARY and name not in self._described:  # TensorBoard reads a tag's first metadata alone
-                value.metadata.CopyFrom(SummaryMetadata(summary_description=GLOSSARY[name].text()))
-            values.append(value)
-        self._described.update(value.tag for value in values)
+        values = [Summary.Value(tag=name, simple_value=number) for name, number in numbers(record).items()]
         self._writer.write_event(Event(wall_time=time.time(), step=record["step"], summary=Summary(value=values)))
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()

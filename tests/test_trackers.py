@@ -14,7 +14,6 @@ import pytest
 
 from opd_jax import config as config_lib
 from opd_jax import metrics, trackers, train
-from opd_jax.glossary import GLOSSARY
 from opd_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -130,19 +129,15 @@ def test_tensorboard_shows_the_records_of_metrics_jsonl_each_step_once(resumed):
 
 
 @pytest.mark.slow
-def test_tensorboard_has_the_config_and_the_meaning_of_each_metric(resumed):
+def test_tensorboard_has_the_config_of_each_start(resumed):
     workdir, _ = resumed
-    texts, described = [], {}
+    texts = []
     for event in events(workdir):
-        for value in event.summary.value:
-            if value.tag == "config/text_summary":
-                texts.append((event.step, value.tensor.string_val[0].decode()))
-            described.setdefault(value.tag, value.metadata.summary_description)
+        texts += [(event.step, v.tensor.string_val[0].decode()) for v in event.summary.value if v.tag == "config/text_summary"]
     assert [step for step, _ in texts] == [0, 3]
     for _, text in texts:
         assert all(line.startswith("    ") for line in text.splitlines())  # a code block in Markdown
         assert json.loads(text) == json.loads((workdir / "config.json").read_text())
-    assert described["train/loss"] == GLOSSARY["train/loss"].text() and described["eval/accuracy"] == GLOSSARY["eval/accuracy"].text()
 
 
 @pytest.mark.slow
@@ -181,8 +176,10 @@ def test_a_tracker_that_cannot_write_stops_nothing_and_is_said_once(tmp_path, ca
     """A file stands where the event files should go."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "tensorboard").write_text("mine")
-    found = list(train.run(tiny_config(wandb=False), tmp_path / "run"))
-    assert metrics.read(tmp_path / "run" / "metrics.jsonl") == found and len(found) == 6
+    c = tiny_config(wandb=False)
+    c.steps, c.eval.prompts = 3, 0
+    found = list(train.run(c, tmp_path / "run"))
+    assert metrics.read(tmp_path / "run" / "metrics.jsonl") == found and len(found) == 3
     (warning,) = [r.getMessage() for r in caplog.records if r.name == "opd_jax.trackers"]
     assert warning.startswith("log.tensorboard failed (FileExistsError: ")
     assert warning.endswith("and is off until the run is started again; metrics.jsonl has every step")
@@ -191,7 +188,9 @@ def test_a_tracker_that_cannot_write_stops_nothing_and_is_said_once(tmp_path, ca
 
 @pytest.mark.slow
 def test_without_a_switch_there_is_no_tracker(tmp_path):
-    list(train.run(tiny_config(tensorboard=False, wandb=False), tmp_path / "run"))
+    c = tiny_config(tensorboard=False, wandb=False)
+    c.steps, c.eval.prompts = 1, 0
+    list(train.run(c, tmp_path / "run"))
     assert not {"tensorboard", "wandb", "wandb.json"} & {entry.name for entry in (tmp_path / "run").iterdir()}
 
 
