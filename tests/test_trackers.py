@@ -172,6 +172,19 @@ def test_what_is_added_to_a_finished_run_goes_on_and_a_rerun_changes_nothing(res
 
 
 @pytest.mark.slow
+def test_what_precedes_a_checkpoint_is_on_disk_before_it(tmp_path):
+    """So that a kill after it leaves no gap in what TensorBoard shows."""
+    c = tiny_config(wandb=False)
+    c.eval.prompts = 0
+    for record in train.run(c, tmp_path / "run"):
+        if record["step"] == 2:
+            assert (tmp_path / "run" / "checkpoints" / "2").exists()
+            assert displayed(tmp_path / "run") == as_tensorboard(metrics.read(tmp_path / "run" / "metrics.jsonl"))
+            assert set(displayed(tmp_path / "run")) == {1, 2}
+            break
+
+
+@pytest.mark.slow
 def test_a_tracker_that_cannot_write_stops_nothing_and_is_said_once(tmp_path, caplog):
     """A file stands where the event files should go."""
     (tmp_path / "run").mkdir()
