@@ -18,6 +18,7 @@ config cli glossary
 numerics
 parallel
 models
+environments
 data
 sampler
 score
@@ -44,10 +45,12 @@ VENDORS = {
     "orbax": {"checkpoint"},
     "grain": {"data"},
     "tensorflow_datasets": {"data"},
-    "transformers": {"data", "models"},
     "math_verify": {"data"},
+    "sympy": {"data"},
     "rouge_score": {"data"},
     "sacrebleu": {"data"},
+    "pyarrow": {"data"},
+    "transformers": {"data", "models"},
     "matplotlib": {"analysis"},
     "ml_collections": {"config"},
     "optax": {"learner"},

@@ -1,0 +1,333 @@
+"""The sandbox against programs that mean harm: each ends in time, the parent lives, nothing is left running or written, layer by layer."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+
+import pytest
+
+from opd_jax.environments import sandbox
+from opd_jax.environments.sandbox import Limits
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the layers under test are Linux's")
+
+QUICK = Limits(cpu_seconds=1, wall_seconds=5.0, memory_bytes=2**28, disk_bytes=2**20, output_bytes=2**16)
+ACTIVE = sandbox.active_layers() if sys.platform == "linux" else ()
+VISIBLE = {"tmp", "work", "dev", "etc", "bin", "lib", "lib64", "usr", sys.base_prefix.split("/")[1]}
+# Each set of layers is a machine that this one can stand for.
+MACHINES = {
+    "all": ACTIVE,
+    "no namespaces": sandbox.choose(["user", "landlock", "seccomp"]),
+    "no namespaces, no Landlock": sandbox.choose(["seccomp"]),
+    "no seccomp": tuple(layer for layer in ACTIVE if layer != "seccomp"),
+    "nothing": (),
+}
+# Limits do not depend on the layers.
+of_limits = pytest.mark.parametrize("machine", ["all", "nothing"], indirect=True)
+of_kernel = pytest.mark.parametrize("machine", [name for name in MACHINES if name != "nothing"], indirect=True)
+
+
+@pytest.fixture(params=MACHINES)
+def machine(request):
+    if request.param != "nothing" and not MACHINES[request.param]:
+        pytest.skip("this kernel has none of these layers")
+    return request.param
+
+
+@pytest.fixture
+def run(machine, tmp_path, monkeypatch):
+    """Runs a program and looks at what it leaves: processes whose command line names the folder of this test, and files in it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def run(program, **changes):
+        start = time.monotonic()
+        result = sandbox.run(program, layers=MACHINES[machine], **({"limits": QUICK} | changes))
+        assert time.monotonic() - start < 9
+        assert not processes_of(tmp_path) and not list(tmp_path.iterdir())
+        return result
+
+    return run
+
+
+def processes_of(folder) -> list[str]:
+    found = []
+    for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(folder).encode() in path.read_bytes():
+                found.append(path.parent.name)
+        except OSError:
+            continue  # it ended meanwhile
+    return found
+
+
+@of_limits
+def test_output_input_and_status(run):
+    assert run("print(sum(map(int, input().split())))", stdin="1 2 3").stdout == "6\n"
+    result = run("import sys\nprint('out')\nprint('err', file=sys.stderr)\nraise ValueError('no')")
+    assert (result.status, result.exit_code, result.stdout) == ("error", 1, "out\n")
+    assert result.stderr == 'err\nTraceback (most recent call last):\n  File "<program>", line 4, in <module>\nValueError: no\n'
+    assert run("raise SystemExit(3)").exit_code == 3
+    assert run("this is no program").stderr.endswith("SyntaxError: invalid syntax\n")
+    assert run("class A: pass\nprint(__name__, A.__module__, __import__('sys').argv)").stdout == "__main__ __main__ ['program']\n"
+    assert run("print('\\ud800 é')").stdout == "\\ud800 é\n"
+
+
+@of_limits
+def test_the_same_program_prints_the_same_set(run):
+    program = "print({str(i) for i in range(50)}, hash('a'))"
+    assert run(program).stdout == run(program).stdout
+
+
+def test_threads_work(run, machine):
+    program = "import threading\nt = threading.Thread(target=print, args=('ran',))\nt.start(); t.join()"
+    if machine == "no seccomp":  # there new processes are refused by a limit that counts threads too
+        assert run(program).status == "error"
+    else:
+        assert run(program).stdout == "ran\n"
+
+
+@of_limits
+def test_the_environment_is_empty(run, monkeypatch):
+    monkeypatch.setenv("OPD_JAX_TEST_SECRET", "hunter2")
+    monkeypatch.setenv("PYTHONPATH", "/somewhere")
+    assert set(eval(run("import os\nprint(sorted(os.environ))").stdout)) <= {
+        "LC_CTYPE",
+        "PYTHONDONTWRITEBYTECODE",
+        "PYTHONHASHSEED",
+        "PYTHONIOENCODING",
+    }
+    assert run("import numpy").stderr.endswith("ModuleNotFoundError: No module named 'numpy'\n")
+
+
+@of_limits
+@pytest.mark.parametrize("program", ["while True: pass", "9**9**9"])
+def test_endless_work_stops_at_the_cpu_limit(run, program):
+    assert run(program).status == "timeout"
+
+
+@of_limits
+def test_waiting_stops_at_the_wall_clock(run):
+    result = run("import time\nprint('began', flush=True)\ntime.sleep(100)", limits=Limits(wall_seconds=1.0))
+    assert (result.status, result.stdout, result.exit_code) == ("timeout", "began\n", None) and result.seconds < 3
+
+
+@of_limits
+def test_closed_outputs_do_not_hide_a_program(run):
+    assert run("import os\nos.close(1); os.close(2)\nwhile True: pass", limits=Limits(wall_seconds=1.0)).status == "timeout"
+
+
+@pytest.mark.parametrize("machine", ["all"], indirect=True)
+def test_a_program_may_not_ignore_the_cpu_limit(run):
+    result = run("import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass")
+    assert result.status == "timeout" or result.exit_code == 128 + 9  # a busy machine may reach the wall clock first
+
+
+@of_limits
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_endless_output_is_cut(run, stream):
+    result = run(f"import sys\nwhile True: sys.{stream}.write('x' * 10**5)")
+    assert result.status == "output" and len(getattr(result, stream)) == QUICK.output_bytes
+
+
+@of_limits
+@pytest.mark.parametrize("program", ["x = bytearray(10**10)", "x = []\nwhile True: x.append(bytearray(10**6))"])
+def test_memory_is_bounded(run, program):
+    result = run(program)
+    assert result.status == "error" and "MemoryError" in result.stderr
+
+
+def test_files_are_bounded(run, machine):
+    result = run("with open('big', 'wb') as f:\n    while True: f.write(b'x' * 10**5)")
+    assert result.status == "error" and ("File too large" in result.stderr or "No space left" in result.stderr)
+    if machine == "all" and "private root" in ACTIVE:  # all files together, too
+        result = run("for i in range(100):\n    with open(str(i), 'wb') as f: f.write(b'x' * 10**5)")
+        assert "No space left" in result.stderr
+    assert "Too many open files" in run("import os\nfor i in range(100): os.open('f', os.O_CREAT)").stderr
+
+
+FORKS = {
+    "bomb": "import os\nfor _ in range(10**4):\n    try: os.fork()\n    except OSError: continue\n    print('forked')\n0/0",
+    "one": "import os\nos.fork()",
+    "shell": "import os\nexit(os.system('true'))",
+    "subprocess": "import subprocess, sys\nsubprocess.run([sys.executable, '-c', ''])",
+    "daemon": "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: time.sleep(60)\n    os._exit(0)\nos.wait()",
+}
+
+
+@pytest.mark.parametrize("name", FORKS)
+def test_no_new_processes(run, name):
+    """Nothing is left running whatever it tries (the fixture looks), and the attempt itself fails."""
+    result = run(FORKS[name])
+    assert result.status == "error" and "forked" not in result.stdout
+
+
+@of_kernel
+@pytest.mark.parametrize("call", ["l.fork()", "l.vfork()"])
+def test_no_new_processes_behind_the_back_of_the_interpreter(run, call):
+    assert run(f"import ctypes\nl = ctypes.CDLL(None)\nprint({call})").stdout == "-1\n"
+
+
+def test_a_program_cannot_leave_its_group_behind(run):
+    program = "import os\ntry: os.setsid()\nexcept OSError: pass\nimport time\ntime.sleep(60)"
+    assert run(program, limits=Limits(wall_seconds=1.0)).status == "timeout"
+
+
+def test_no_network(run, machine):
+    """Neither to a server on this machine nor to an address elsewhere, whichever library asks."""
+    import http.server
+
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        port = server.server_address[1]
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/") as answer:
+            assert answer.status == 200
+        result = run(f"import urllib.request\nurllib.request.urlopen('http://127.0.0.1:{port}/', timeout=2)")
+        raw = f"import ctypes\nl = ctypes.CDLL(None)\ns = l.socket(2, 1, 0)\na = (2).to_bytes(2, 'little') + ({port}).to_bytes(2, 'big')"
+        raw += " + bytes([127, 0, 0, 1]) + bytes(8)\nprint(l.connect(s, a, 16))"
+        if machine != "nothing":
+            assert run(raw).stdout == "-1\n"
+        server.shutdown()
+    assert result.status == "error" and "Error" in result.stderr
+    assert run("import socket\nsocket.create_connection(('192.0.2.1', 80), timeout=1)").status == "error"
+
+
+def test_the_parent_cannot_be_killed(run, machine):
+    bystander = subprocess.Popen(["sleep", "60"], user=None)
+    try:
+        program = f"import os, signal\nfor pid in ({os.getpid()}, {bystander.pid}, os.getppid()):\n"
+        program += "    try: os.kill(pid, signal.SIGKILL)\n    except OSError as error: print(type(error).__name__)"
+        result = run(program)
+        assert bystander.poll() is None
+        if machine == "nothing":
+            assert "PermissionError" in result.stdout
+        assert result.status in ("ok", "error")
+        for way in ("kill(-1, 9)", "killpg(0, 9)"):
+            run(f"import os\nos.{way}")
+            assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+def test_files_elsewhere_are_safe(run, machine, tmp_path_factory):
+    """A file of this user is neither changed nor removed; behind a private root or Landlock it cannot even be read."""
+    folder = tmp_path_factory.mktemp("mine")
+    secret = folder / "secret"
+    secret.write_text("hunter2")
+    secret.chmod(0o600)
+    attempts = [f"open({str(secret)!r}, 'w')", f"os.remove({str(secret)!r})", f"shutil.rmtree({str(folder)!r})", "open('/usr/x', 'w')"]
+    if "private root" in MACHINES[machine] or "landlock" in MACHINES[machine] or "user" in MACHINES[machine]:
+        for attempt in [*attempts, f"print(open({str(secret)!r}).read())"]:
+            result = run(f"import os, shutil\n{attempt}")
+            assert result.status == "error" and "hunter2" not in result.stdout, attempt
+        assert secret.read_text() == "hunter2" and not os.path.exists("/usr/x")
+    assert run("import pathlib, tempfile\npathlib.Path('a').write_text('b')\nprint(open('a').read())").stdout == "b\n"
+
+
+@of_limits
+def test_the_limits_cannot_be_raised(run):
+    program = "import resource\ntry: resource.setrlimit(resource.RLIMIT_AS, (2**40, 2**40))\nexcept ValueError: print('refused')"
+    assert run(program).stdout == "refused\n"
+
+
+@of_limits
+@pytest.mark.parametrize(
+    "program, signal_number",
+    [
+        ("import ctypes\nctypes.string_at(0)", 11),
+        ("import sys\nsys.setrecursionlimit(10**9)\nf = lambda _: sorted('1', key=f)\nf(0)", None),
+        ("import os\nos.abort()", None),
+    ],
+)
+def test_crashes_are_errors(run, program, signal_number):
+    result = run(program)
+    assert result.status == "error" and result.exit_code > 0
+    assert signal_number is None or result.exit_code == 128 + signal_number
+
+
+@of_limits
+def test_deep_recursion_is_an_exception(run):
+    assert "RecursionError" in run("def f(): return f()\nf()").stderr
+    assert run("(" * 10**4).status == "error"
+
+
+@pytest.mark.skipif("private root" not in ACTIVE, reason="this machine permits no private root")
+@pytest.mark.parametrize("machine", ["all", "no seccomp"], indirect=True)
+def test_escapes_from_the_private_root_fail(run):
+    assert run("import os\nos.chroot('/work')").status == "error"
+    assert run("import ctypes\nprint(ctypes.CDLL(None).mount(b'x', b'/work', b'tmpfs', 0, None))").stdout == "-1\n"
+    assert run("import ctypes\nprint(ctypes.CDLL(None).unshare(0x10000000), ctypes.CDLL(None).umount2(b'/work', 2))").stdout in (
+        "-1 -1\n",
+        "0 -1\n",
+    )
+    assert run("import os\nos.mknod('/work/disk', 0o60600, os.makedev(8, 0))").status == "error"
+    assert set(run("import os\nprint(*os.listdir('/'))").stdout.split()) <= VISIBLE
+
+
+def test_many_at_once():
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda i: sandbox.run(f"print({i})"), range(24)))
+    assert [result.stdout for result in results] == [f"{i}\n" for i in range(24)]
+
+
+def test_capabilities_say_what_holds():
+    values = sandbox.capabilities()
+    assert set(values) == {"network", "processes", "signals", "files", "time, memory, output"}
+    assert sandbox._describe(("namespaces", "private root", "seccomp"))["files"] == "private root"
+    nothing = sandbox._describe(())
+    assert all(value.startswith("weak") for name, value in nothing.items() if name != "time, memory, output")
+
+
+def test_a_weak_machine_is_said_once(monkeypatch, caplog):
+    monkeypatch.setattr(sandbox, "_holds", lambda layers: layers[-1] == "seccomp")
+    sandbox.active_layers.cache_clear()
+    assert sandbox.active_layers() == sandbox.active_layers() == ("seccomp",)
+    sandbox.active_layers.cache_clear()
+    assert [record.message.split(" (")[0] for record in caplog.records] == [
+        "programs run in a sandbox that this machine cannot close fully"
+    ]
+    assert "files: weak" in caplog.text
+
+
+def test_a_sandbox_that_cannot_be_set_up_stops_the_program(monkeypatch):
+    with pytest.raises(sandbox.SandboxError, match="cannot be set up"):
+        sandbox.run("print('ran')", limits=Limits(disk_bytes=-5))
+    for layers in (("private root",), ("namespaces", "walls")):
+        with pytest.raises(ValueError, match="layers"):
+            sandbox.run("print('ran')", layers=layers)
+
+
+def test_an_ordinary_user_has_a_sandbox_too(tmp_path):
+    """The same files, run by a user without rights, by an interpreter that this user may read."""
+    if os.geteuid() != 0:
+        pytest.skip("every other test here is one of an ordinary user already")
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="opd_jax_user_", dir="/tmp"))
+    try:
+        folder.chmod(0o755)
+        for name in ("sandbox.py", "inside.py"):
+            shutil.copy(sandbox.INSIDE.with_name(name), folder)
+            (folder / name).chmod(0o644)
+        code = "import sandbox\nprint(sandbox.active_layers())\nr = sandbox.run('print(1)'); assert r.stdout == '1\\n', r\n"
+        code += "for p in ('import os\\nos.fork()', 'import socket\\nsocket.create_connection((\"192.0.2.1\", 80), timeout=1)',"
+        code += ' \'open("/tmp/x" + "yz" * 9 + "/../outside", "w")\'):\n    r = sandbox.run(p); assert r.status == \'error\', r\n'
+        for interpreter in dict.fromkeys([os.path.realpath(sys.executable), "/usr/bin/python3"]):
+            try:
+                done = subprocess.run(
+                    [interpreter, "-c", code], cwd=folder, user=12345, group=12345, extra_groups=[], env={}, capture_output=True, text=True
+                )
+            except OSError:
+                continue  # not readable for this user
+            if "Python path configuration" not in done.stderr:
+                assert done.returncode == 0, done.stderr
+                return
+        pytest.skip("no interpreter here can be read by an ordinary user")
+    finally:
+        shutil.rmtree(folder)
