@@ -109,7 +109,7 @@ def _flag_message(error: Exception) -> str:
         text = re.sub(r"\\+n", " ", re.sub(r"\\+'", "'", str(error))).strip("'\"")
         name, _, hint = text.partition("' ")
         flag = next((argument for argument in sys.argv[1:] if name in argument), "--config")
-        return f"{flag}: there is no field {name!r}; {hint or 'opd_jax/config.py has them all'}"
+        return f"{flag}: there is no field {name!r}; {hint or 'opd_jax/config/fields.py has them all'}"
     return f"{type(error).__name__}: {error}"
 
 

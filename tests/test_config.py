@@ -8,15 +8,15 @@ import pytest
 from ml_collections import ConfigDict
 
 from opd_jax import config
-from opd_jax.config import ConfigError
+from opd_jax.config import ConfigError, fields
 
 MOE = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
 
 
-def changed(**fields) -> ConfigDict:
+def changed(**changes) -> ConfigDict:
     c = config.default()
     c.teacher.path = "somewhere"
-    for name, value in fields.items():
+    for name, value in changes.items():
         node = c
         *blocks, last = name.split("__")
         for block in blocks:
@@ -35,7 +35,7 @@ def test_defaults_round_trip():
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("changes", "message"),
     [
         ({"rollout__bach_size": 4}, "config field rollout.bach_size does not exist; did you mean rollout.batch_size?"),
         ({"rollout__batch_size": 4.5}, "config field rollout.batch_size = 4.5 has type float, it must be int"),
@@ -91,9 +91,9 @@ def test_defaults_round_trip():
     ],
     ids=lambda value: "" if isinstance(value, str) else "+".join(value),
 )
-def test_refused_with_field_value_and_remedy(fields, message):
+def test_refused_with_field_value_and_remedy(changes, message):
     with pytest.raises(ConfigError, match="^" + re.escape(message)) as error:
-        config.parse(changed(**fields))
+        config.parse(changed(**changes))
     assert "\n" not in str(error.value)
 
 
@@ -104,7 +104,7 @@ def test_nothing_need_be_held_out():
 
 
 def test_every_field_has_a_comment_with_its_meaning():
-    text = pathlib.Path(config.__file__).read_text()
+    text = pathlib.Path(fields.__file__).read_text()
     for cls in vars(config).values():
         if dataclasses.is_dataclass(cls):
             for field in dataclasses.fields(cls):

@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from opd_jax import config as config_lib
-from opd_jax import job, parallel
+from opd_jax import pair, parallel
 from opd_jax.models import config as model_config
 from opd_jax.models import families, hf, spec, transformer
 from opd_jax.types import UserError
@@ -352,7 +352,7 @@ def test_every_family_can_be_made_afresh(name):
     c.student.init.model_type = name
     if families.FAMILIES[name].experts:
         c.student.init.num_experts, c.student.init.num_experts_per_tok, c.student.init.moe_intermediate_size = 4, 2, 8
-    model = job._random_student(config_lib.parse(c), parallel.make_mesh())
+    model = pair._random_student(config_lib.parse(c), parallel.make_mesh())
     assert model.config.family == name and model.config.tie_word_embeddings and model.config.head_dim == 16
     assert np.isfinite(transformer.apply(model.params, model.config, jnp.arange(6, dtype=jnp.int32)[None, :])).all()
     assert tuple(families.FAMILIES) == config_lib.FAMILIES

@@ -4,14 +4,14 @@ import json
 import shutil
 
 import hostile
-import jax.numpy as jnp
 from hostile import also, cut, fields, folder, link, nothing, pipe, put_before, remove, rename, swap, text
 from wrong_models import A_PIPE, CONFIG, DEEP, EMBED, HOSTILE_CONFIG, HOSTILE_INDEX, HOSTILE_TOKENIZER, HOSTILE_WEIGHTS, TOKENIZER
 
-from opd_jax import checkpoint, model_io, parallel, teachers, train
+from opd_jax import checkpoint, model_io, parallel, train
 from opd_jax import config as config_lib
 from opd_jax.analysis import report
-from opd_jax.data import tasks, tokenizer
+from opd_jax.data import tasks
+from opd_jax.pair import open_pair
 from opd_jax.types import MESSAGE_LENGTH
 
 
@@ -33,7 +33,9 @@ def open_model(room):
 
 
 def open_teacher(room):
-    return teachers.open_teacher(str(room / "model"), tokenizer.byte(), mesh=parallel.make_mesh(), dtype=jnp.float32)
+    c = config_lib.default()
+    c.teacher.path, c.rollout.max_new_tokens = str(room / "model"), 4
+    return open_pair(config_lib.parse(c), None, parallel.make_mesh())
 
 
 def train_student(room):

@@ -1,0 +1,96 @@
+"""ConfigDict -> frozen dataclasses, once; nothing below this package sees a ConfigDict. The fields are in fields.py.
+
+A file in `configs/` starts from `default()` (an ml_collections.ConfigDict that holds every field), changes what it needs and returns it
+from `get_config(arg)`. The trainer turns it into a `Config` with `parse()`, which refuses unknown fields, wrong types and bad values.
+"""
+
+import dataclasses
+import difflib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from opd_jax.config.arguments import parse_arg
+from opd_jax.config.checks import FAMILIES, ConfigError, check_choice, validate
+from opd_jax.config.fields import (
+    FREE_ON_RESUME,
+    Architecture,
+    Checkpoint,
+    Config,
+    Context,
+    Estimator,
+    Eval,
+    Learner,
+    Log,
+    Lora,
+    Loss,
+    Mesh,
+    Model,
+    Reader,
+    Rollout,
+    Signal,
+    Student,
+    Task,
+    Teacher,
+    flatten,
+)
+
+
+def default() -> ConfigDict:
+    """All fields at their defaults, as the ConfigDict that a config file edits."""
+    return ConfigDict(dataclasses.asdict(Config()))
+
+
+def parse(config: ConfigDict) -> Config:
+    """The frozen, validated Config of a ConfigDict. Raises ConfigError."""
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"config is a {type(config).__name__}, it must be the ConfigDict of opd_jax.config.default(); correct get_config")
+    parsed = _build(Config, config.to_dict(), "")
+    validate(parsed)
+    return parsed
+
+
+def _build(cls: type, fields: Any, prefix: str):
+    if not isinstance(fields, dict):
+        raise ConfigError(f"config field {prefix[:-1]} = {fields!r} must be a block with the fields {', '.join(_names(cls))}")
+    names = _names(cls)
+    for name in fields:
+        if name not in names:
+            raise ConfigError(unknown_field(prefix + name, [prefix + n for n in names]))
+    values = {}
+    for field in dataclasses.fields(cls):
+        if field.name in fields:
+            values[field.name] = _convert(field.type, fields[field.name], prefix + field.name)
+    return cls(**values)
+
+
+def _convert(kind: type, value: Any, name: str):
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, name + ".")
+    accepted = (int, float) if kind is float else (kind,)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        raise ConfigError(f"config field {name} = {value!r} has type {type(value).__name__}, it must be {kind.__name__}")
+    return kind(value)
+
+
+def _names(cls: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+def unknown_field(name: str, valid: list[str]) -> str:
+    """The message for a field that does not exist, with the nearest name that does."""
+    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"valid: {', '.join(valid)}"
+    return f"config field {name} does not exist; {hint}"
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """Fields of two nested config dicts that differ and that a resumed run may not change, as `name: old -> new`."""
+    old, new = flatten(old), flatten(new)
+    changed = []
+    for name in sorted(old.keys() | new.keys()):
+        before, after = old.get(name), new.get(name)
+        grown = name == "steps" and before is not None and after is not None and after >= before
+        if before != after and not grown and not name.startswith(FREE_ON_RESUME):
+            changed.append(f"{name}: {before!r} -> {after!r}")
+    return changed

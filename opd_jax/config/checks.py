@@ -1,0 +1,162 @@
+"""Values out of range, names that do not exist, fields that contradict each other: refused by name, before any work."""
+
+import difflib
+import math
+from typing import Any
+
+from opd_jax.config.fields import Architecture, Config, flatten
+from opd_jax.types import UserError
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text")  # what student.init can make
+_EXPERT_FIELDS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+
+
+class ConfigError(UserError):
+    """A config field that cannot be used; the message names the field, its value, what is valid and the remedy."""
+
+
+def check_choice(field: str, value: str, valid: tuple[str, ...]) -> None:
+    """Refuses a name that is not among `valid`, with the nearest one."""
+    if value not in valid:
+        near = difflib.get_close_matches(value, valid, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"config field {field} = {value!r} is not known; valid: {', '.join(valid)}{hint}")
+
+
+def _check_range(flat: dict[str, Any]) -> None:
+    positive = [
+        "rollout.batch_size",
+        "rollout.group_size",
+        "rollout.max_new_tokens",
+        "rollout.max_prompt_length",
+        "learner.microbatches",
+        "mesh.data",
+        "mesh.fsdp",
+        "mesh.tensor",
+        "eval.samples",
+        "eval.batch_size",
+        "checkpoint.every",
+        "log.samples",
+        "task.level",
+        "student.init.hidden_size",
+        "student.init.intermediate_size",
+        "student.init.num_hidden_layers",
+        "student.init.num_attention_heads",
+        "student.init.num_key_value_heads",
+        "student.init.max_position_embeddings",
+    ]
+    zero_or_more = [
+        "seed",
+        "steps",
+        "rollout.top_k",
+        "learner.warmup_steps",
+        "learner.decay_steps",
+        "eval.every",
+        "eval.prompts",
+        "log.samples_every",
+    ]
+    zero_or_more += ["task.train_size", "task.eval_size", "task.seed", "student.init.head_dim", "student.lora.rank"]
+    zero_or_more += [f"student.init.{name}" for name in _EXPERT_FIELDS]
+    for name in positive:
+        _require(flat[name] >= 1, name, flat[name], "must be at least 1")
+    for name in zero_or_more:
+        _require(flat[name] >= 0, name, flat[name], "must be 0 or more")
+    for name in ("seed", "task.seed"):
+        _require(flat[name] < 2**31, name, flat[name], "must be below 2**31")
+    for name, value in flat.items():
+        _require(not isinstance(value, float) or math.isfinite(value), name, value, "must be a finite number")
+    for name in (
+        "learner.learning_rate",
+        "loss.student_temperature",
+        "loss.teacher_temperature",
+        "learner.eps",
+        "student.lora.alpha",
+        "student.init.initializer_range",
+    ):
+        _require(flat[name] > 0, name, flat[name], "must be above 0")
+    temperature = flat["rollout.temperature"]
+    _require(temperature == 0 or temperature >= 1e-4, "rollout.temperature", temperature, "must be 0 (greedy) or at least 0.0001")
+    for name in ("learner.weight_decay", "learner.clip_norm"):
+        _require(flat[name] >= 0, name, flat[name], "must be 0 or more")
+    for name in ("rollout.min_p", "estimator.gamma", "learner.final_fraction", "signal.beta"):
+        _require(0 <= flat[name] <= 1, name, flat[name], "must be between 0 and 1")
+    for name in ("learner.b1", "learner.b2"):
+        _require(0 <= flat[name] < 1, name, flat[name], "must be at least 0 and below 1")
+    _require(0 < flat["rollout.top_p"] <= 1, "rollout.top_p", flat["rollout.top_p"], "must be above 0 and at most 1")
+    _require(flat["checkpoint.keep"] >= 2, "checkpoint.keep", flat["checkpoint.keep"], "must be at least 2")
+
+
+def _require(condition: bool, name: str, value: Any, valid: str) -> None:
+    if not condition:
+        raise ConfigError(f"config field {name} = {value!r} {valid}")
+
+
+def validate(config: Config) -> None:
+    """Refuses values out of range and fields that contradict each other. Raises ConfigError."""
+    _check_range(flatten(config))
+    check_choice("rollout.source", config.rollout.source, ("student", "teacher", "dataset"))
+    check_choice("rollout.overlong", config.rollout.overlong, ("refuse", "truncate"))
+    check_choice("rollout.stop", config.rollout.stop, ("same", "union"))
+    check_choice("task.metric", config.task.metric, ("rouge", "bleu"))
+    check_choice("loss.normaliser", config.loss.normaliser, ("token_mean", "sequence_mean", "sequence_sum", "constant"))
+    check_choice("learner.schedule", config.learner.schedule, ("constant", "linear", "cosine"))
+    check_choice("model.compute_dtype", config.model.compute_dtype, ("float32", "bfloat16"))
+    check_choice("student.init.model_type", config.student.init.model_type, FAMILIES)
+    _check_experts(config.student.init)
+    rollout, learner = config.rollout, config.learner
+    batch = rollout.batch_size
+    _require(batch % rollout.group_size == 0, "rollout.group_size", rollout.group_size, f"must divide rollout.batch_size = {batch}")
+    _require(batch % learner.microbatches == 0, "learner.microbatches", learner.microbatches, f"must divide rollout.batch_size = {batch}")
+    ways = config.mesh.data * config.mesh.fsdp
+    micro = batch // learner.microbatches
+    _require(
+        micro % ways == 0,
+        "rollout.batch_size",
+        batch,
+        f"/ learner.microbatches = {micro} must be divisible by mesh.data * mesh.fsdp = {ways}",
+    )
+    evaluated = config.eval.batch_size
+    _require(evaluated % ways == 0, "eval.batch_size", evaluated, f"must be divisible by mesh.data * mesh.fsdp = {ways}")
+    span = learner.decay_steps or config.steps
+    _require(learner.warmup_steps <= span, "learner.warmup_steps", learner.warmup_steps, f"must be at most the schedule's {span} steps")
+    _check_teacher(config)
+    _check_context(config)
+    lora, base = config.student.lora, config.student.path or config.student.recipe
+    _require(not lora.rank or bool(base), "student.lora.rank", lora.rank, "needs weights to adapt, but student.path and recipe are empty")
+
+
+def _check_context(config: Config) -> None:
+    for name, reader in (("context.student", config.context.student), ("context.teacher", config.context.teacher)):
+        check_choice(f"{name}.thinking", reader.thinking, ("", "on", "off"))
+        chat = reader.template != "none" and (reader.template != "student" or name == "context.student")
+        for field in ("system", "thinking"):
+            value = getattr(reader, field)
+            _require(chat or not value, f"{name}.{field}", value, f"needs a chat template, but {name}.template = {reader.template!r}")
+        _require(
+            not chat or config.rollout.overlong == "refuse",
+            "rollout.overlong",
+            config.rollout.overlong,
+            f"must be 'refuse', because truncation would cut off the head of {name}.template = {reader.template!r}",
+        )
+
+
+def _check_experts(init: Architecture) -> None:
+    for name in _EXPERT_FIELDS:
+        value, wanted = getattr(init, name), init.model_type == "qwen3_moe"
+        valid = "must be at least 1" if wanted else "must be 0"
+        _require((value > 0) == wanted, f"student.init.{name}", value, f"{valid}, because student.init.model_type = {init.model_type!r}")
+    chosen, count = init.num_experts_per_tok, init.num_experts
+    _require(chosen <= count, "student.init.num_experts_per_tok", chosen, f"must be at most student.init.num_experts = {count}")
+
+
+def _check_teacher(config: Config) -> None:
+    has_teacher = bool(config.teacher.path or config.teacher.recipe)
+    source = config.rollout.source
+    _require(
+        has_teacher or source != "teacher", "teacher.path", "", "must name a model, because rollout.source = 'teacher' needs a teacher"
+    )
+    own = "signal.support = 'sampled'" if config.signal.support == "sampled" else ""
+    own = f"estimator.credit = {config.estimator.credit!r}" if config.estimator.credit != "token" else own
+    _require(source == "student" or not own, "rollout.source", source, f"must be 'student', because {own} needs draws of the student")
+    greedy = config.rollout.temperature == 0 or config.rollout.top_k == 1
+    _require(not (greedy and own), "rollout.temperature", config.rollout.temperature, f"is greedy, but {own} needs draws from the policy")

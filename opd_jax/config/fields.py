@@ -1,0 +1,190 @@
+"""Every field of an experiment with its default, its meaning and its unit. A block of a config is a class, `Config` is the whole."""
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """Shape of a model with random weights; field names as in a Hugging Face config.json."""
+
+    model_type: str = "llama"  # llama, mistral, qwen2, qwen3, qwen3_moe, gemma2 or gemma3_text
+    hidden_size: int = 64  # width of the residual stream
+    intermediate_size: int = 192  # width of the gated feed-forward layer
+    num_hidden_layers: int = 3  # layers
+    num_attention_heads: int = 4  # query heads
+    num_key_value_heads: int = 4  # key and value heads; divides the query heads
+    head_dim: int = 0  # width of a head; 0: hidden_size / num_attention_heads
+    max_position_embeddings: int = 256  # tokens, prompt and completion together
+    tie_word_embeddings: bool = True  # the unembedding is the embedding
+    initializer_range: float = 0.02  # standard deviation of the initial weights
+    num_experts: int = 0  # experts of a layer, of qwen3_moe alone; 0 in other families
+    num_experts_per_tok: int = 0  # experts that a token passes through
+    moe_intermediate_size: int = 0  # width of one expert
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    rank: int = 0  # of the update W + alpha / rank * B A that is trained in place of the weights; 0: all weights are trained
+    alpha: float = 32.0  # scale of the update, divided by the rank
+    targets: str = "all"  # projections that are adapted: all, or some of q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj
+
+
+@dataclasses.dataclass(frozen=True)
+class Student:
+    path: str = ""  # Hugging Face folder or hub id, or a run directory; empty: see `recipe`, then `init`
+    recipe: str = ""  # without a path: configs/FILE.py[:arg] of a run that makes the student on first use (kept under `cache_dir`)
+    tokenizer: str = "byte"  # tokenizer of a model made from `init`: "byte", or a Hugging Face folder or hub id
+    lora: Lora = Lora()  # a teacher with the same path is the model without the update, at no cost of memory
+    init: Architecture = Architecture()  # shape of a model with random weights, when neither path nor recipe is set
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    path: str = ""  # Hugging Face folder or hub id, or a run directory; empty: see `recipe`; both empty: no teacher
+    recipe: str = ""  # without a path: configs/FILE.py[:arg] of a run that makes the teacher on first use (kept under `cache_dir`)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    template: str = "none"  # none: the task's prompt as it is; chat: in the tokenizer's chat template; or a file with a Jinja chat template
+    system: str = ""  # system message of a chat template
+    thinking: str = ""  # on or off: the template's switch enable_thinking; empty: as the template has it
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    student: Reader = Reader()
+    teacher: Reader = Reader(template="student")  # student: the ids that the student reads; otherwise as above, with its own tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    source: str = "student"  # who writes the completions: student (on-policy), teacher (SeqKD), dataset (SFT)
+    batch_size: int = 64  # rollouts per step
+    group_size: int = 1  # rollouts per prompt; divides batch_size
+    max_new_tokens: int = 64  # tokens per completion at most, stop token included
+    max_prompt_length: int = 256  # tokens per prompt at most
+    overlong: str = "refuse"  # prompts beyond max_prompt_length: refuse, or truncate (their first tokens are dropped, and counted)
+    temperature: float = 1.0  # of the sampling law; 0 is greedy
+    top_p: float = 1.0  # nucleus mass kept by the sampling law; 1 keeps all
+    top_k: int = 0  # tokens kept by the sampling law; 0 keeps all
+    stop: str = "same"  # stop tokens: same (the student's; a teacher with others is refused), or union (any of student's and teacher's)
+    min_p: float = 0.0  # tokens kept have at least this share of the largest probability; 0 keeps all
+
+
+@dataclasses.dataclass(frozen=True)
+class Signal:
+    # reverse_kl, forward_kl, jsd, jsd_continuous, skew_forward_kl, skew_reverse_kl; without a teacher nll, negative_entropy; cross_entropy
+    divergence: str = "reverse_kl"  # which per-token loss compares student and teacher
+    support: str = "full"  # full: sum over the vocabulary; sampled: the sampled token alone (unbiased in expectation)
+    beta: float = 0.5  # mixing weight of jsd, jsd_continuous and the skewed divergences; others ignore it
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    student_temperature: float = 1.0  # softmax temperature of the student in the loss
+    teacher_temperature: float = 1.0  # softmax temperature of the teacher in the loss
+    normaliser: str = "token_mean"  # token_mean, sequence_mean, sequence_sum, constant; denominators are global
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimator:
+    credit: str = "token"  # which log-ratios a token answers for: token, to_go, discounted, sequence
+    gamma: float = 0.9  # discount per token of credit=discounted
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    learning_rate: float = 1e-3  # peak of the schedule (AdamW)
+    schedule: str = "cosine"  # constant, linear or cosine, after the warm-up
+    warmup_steps: int = 0  # updates from 0 to the peak
+    decay_steps: int = 0  # updates that the schedule spans, warm-up included; 0: `steps`
+    final_fraction: float = 0.0  # learning rate at the end of the schedule, as a fraction of the peak
+    weight_decay: float = 0.0  # decoupled, on matrices only (not on norms, biases)
+    b1: float = 0.9  # AdamW, decay of the first moment
+    b2: float = 0.99  # AdamW, decay of the second moment
+    eps: float = 1e-8  # AdamW, added to the root of the second moment
+    clip_norm: float = 1.0  # global gradient norm above which gradients are scaled down; 0: off
+    microbatches: int = 1  # pieces of a step's batch that are differentiated one after the other; changes memory, not the gradient
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    compute_dtype: str = "float32"  # float32 or bfloat16 arithmetic; the student's parameters, log-probs and losses stay float32
+    remat: bool = False  # recompute each layer's activations in the backward pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    data: int = 1  # devices along the batch, parameters replicated
+    fsdp: int = 1  # devices along the batch, parameters sharded
+    tensor: int = 1  # devices along heads, feed-forward width and vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    every: int = 0  # updates between evaluations; 0: before the first and after the last update only
+    prompts: int = 64  # held-out prompts; 0: no evaluation
+    samples: int = 4  # sampled completions per prompt (avg@k, pass@k, KL), at temperature 1
+    batch_size: int = 64  # rollouts evaluated at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    every: int = 100  # updates between checkpoints; one is always written at the end
+    keep: int = 2  # newest checkpoints that are kept, at least 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    samples_every: int = 50  # updates between logged samples; 0: none
+    samples: int = 4  # completions per logged step
+    tensorboard: bool = False  # event files for TensorBoard beside metrics.jsonl, in the run's tensorboard/ (package tensorboardX)
+    wandb: bool = False  # the same for Weights & Biases (package wandb); WANDB_MODE=offline keeps it on this machine
+    wandb_project: str = "opd_jax"  # project of the run there; WANDB_ENTITY names the team
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    name: str = "arithmetic"  # arithmetic, jsonl, math, text, tooluse or unconditional
+    path: str = ""  # file of lines of jsonl, math, text and tooluse
+    metric: str = "rouge"  # reward of task.name=text: rouge or bleu
+    level: int = 12  # digits of an arithmetic prompt
+    train_size: int = 0  # prompts to train on, drawn again and again; 0: as many as the task has (arithmetic: unlimited)
+    eval_size: int = 64  # prompts held out from training; of a file at most half of its lines
+    seed: int = 0  # of generated prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    seed: int = 0  # of initial weights, prompt order and all draws
+    steps: int = 100  # updates
+    cache_dir: str = "runs/cache"  # where the models of recipes are kept
+    student: Student = Student()
+    teacher: Teacher = Teacher()
+    context: Context = Context()
+    rollout: Rollout = Rollout()
+    signal: Signal = Signal()
+    loss: Loss = Loss()
+    estimator: Estimator = Estimator()
+    learner: Learner = Learner()
+    model: Model = Model()
+    mesh: Mesh = Mesh()
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+    task: Task = Task()
+
+
+# Fields that do not change the numbers of an update (a mesh: but by rounding): they may differ when a run is resumed. `steps` may grow.
+FREE_ON_RESUME = ("eval.", "log.", "checkpoint.", "mesh.", "cache_dir")
+
+
+def flatten(config: Config | dict, prefix: str = "") -> dict[str, Any]:
+    """{"rollout.batch_size": 64, ...}"""
+    fields = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
+    flat: dict[str, Any] = {}
+    for name, value in fields.items():
+        flat.update(flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
+    return flat
