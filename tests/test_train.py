@@ -265,6 +265,18 @@ def test_a_path_that_is_given_goes_before_a_recipe(teacher, tmp_path):
     assert [record["step"] for record in train.run(c, tmp_path / "run")] == [0, 1]
 
 
+def test_a_resumed_student_does_not_need_its_recipe_again(tmp_path):
+    recipe = tmp_path / "tiny.py"
+    recipe.write_text(f"from ml_collections import ConfigDict\ndef get_config(arg):\n  return ConfigDict({sft_config().to_dict()!r})\n")
+    c = sft_config()
+    c.student.recipe, c.cache_dir, c.steps, c.learner.decay_steps = str(recipe), str(tmp_path / "cache"), 2, 3
+    list(train.run(c, tmp_path / "run"))
+    shutil.rmtree(tmp_path / "cache")
+    recipe.unlink()
+    c.steps = 3
+    assert [record["step"] for record in train.run(c, tmp_path / "run")] == [3]
+
+
 def test_a_recipe_whose_newest_checkpoint_is_damaged_is_trained_to_its_end_again(tmp_path):
     """A directory name is no proof: the bytes are checked, and the run goes on from the last good entry."""
     recipe = tmp_path / "tiny.py"
