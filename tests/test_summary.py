@@ -181,11 +181,23 @@ def test_changes_within_the_intervals_are_called_so_and_without_evaluations_trai
 
 @pytest.mark.parametrize(
     ("other", "words"),
-    [(0.5, "intervals do not overlap"), (0.89, "intervals overlap"), (0.9, "b and a end with the same greedy accuracy, 0.90")],
+    [(0.5, "intervals do not overlap"), (0.885, "intervals overlap"), (0.9, "b and a end with the same greedy accuracy, 0.90")],
 )
 def test_groups_are_compared(tmp_path, other, words):
     told = summary.sentences(groups(make(tmp_path / "b", accuracy=other), make(tmp_path / "a", steps=4)))
     assert words in told[-1] and (other == 0.9 or told[-1].startswith("a ends with the highest greedy accuracy, 0.90 [0.89, 0.91], then b"))
+
+
+def test_of_divergences_the_lowest_is_best(tmp_path):
+    paths = [make(tmp_path / "near", accuracy=0.5), make(tmp_path / "far")]
+    for path, kl in zip(paths, (0.1, 0.7), strict=True):
+        records = [{k: v for k, v in record.items() if "accuracy" not in k} for record in metrics.read(path / "metrics.jsonl")]
+        records[-1] |= {"eval/reverse_kl": kl, "eval/reverse_kl_low": kl - 0.01, "eval/reverse_kl_high": kl + 0.01}
+        (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    told = summary.sentences(groups(*reversed(paths)))[-1]
+    assert told.startswith(
+        "near ends with the lowest reverse KL to the teacher, 0.10 [0.09, 0.11], then far, 0.70 [0.69, 0.71]; their intervals do"
+    )
 
 
 # ---- configuration, environment, cost

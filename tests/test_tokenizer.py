@@ -174,6 +174,8 @@ def test_a_character_of_several_tokens_stands_at_the_one_that_completes_it():
     assert byte.pieces([0xE6, 0x9D]) == ["", "\ufffd"]  # half a character, at the end
     assert byte.pieces([0xE6, 257, 0x61]) == ["\ufffd", "<eos>", "a"]
     assert byte.pieces([0xFF, 0x61]) == ["", "\ufffda"]
+    # Four tokens at most are held back: the oldest of more is no beginning of a character.
+    assert byte.pieces([0xFF] * 5 + [0x61]) == ["\ufffd", "\ufffd", "", "", "", "\ufffd\ufffd\ufffda"]
     assert byte.pieces([], before=[0x61]) == []
 
 
