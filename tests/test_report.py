@@ -5,6 +5,8 @@ import hashlib
 import html.parser
 import pathlib
 import re
+import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -99,6 +101,16 @@ def test_folders_and_files_that_cannot_be_used(tmp_path):
     (path / "config.json").write_text("[")
     with pytest.raises(UserError, match="config.json: cannot be read"):
         report.write([path], tmp_path / "r.html")
+
+
+@pytest.mark.slow
+def test_the_script_takes_workdirs_with_commas_and_repeated_flags(tmp_path):
+    paths = [make(tmp_path / name, accuracy=accuracy) for name, accuracy in (("a", 0.5), ("b", 0.6), ("c", 0.7))]
+    flags = [f"--workdir={paths[0]},{paths[1]}", f"--workdir={paths[2]}", f"--out={tmp_path / 'r.html'}"]
+    script = pathlib.Path(report.__file__).parents[2] / "experiments" / "report.py"
+    out = subprocess.run([sys.executable, str(script), *flags], capture_output=True, text=True, check=True).stdout
+    assert [line.split()[0] for line in out.splitlines()[2:7]] == ["before", "a", "b", "c", "teacher"]
+    assert "<title>a, b, c</title>" in (tmp_path / "r.html").read_text()
 
 
 def test_runs_of_the_same_name_are_told_apart_by_their_paths(tmp_path):
