@@ -10,7 +10,7 @@ import scipy.stats
 from jax.sharding import Mesh
 
 from opd_jax import parallel
-from opd_jax.data import pipeline
+from opd_jax.data import pipeline, tasks
 from opd_jax.data.tasks import Example, Task
 from opd_jax.model_io import LoadedModel
 from opd_jax.models import forward
@@ -114,8 +114,9 @@ class Evaluator:
             tokens, mask = np.asarray(rollout.tokens_BT), np.asarray(rollout.mask_BT)
             texts += [self.student.tokenizer.decode(tokens[row][mask[row]].tolist()) for row in range(real)]
         per_prompt = len(texts) // len(self.examples)
-        rewards = [self.task.verify(self.examples[i // per_prompt], text).reward for i, text in enumerate(texts)]
-        return np.array(rewards).reshape(-1, per_prompt)
+        examples = [self.examples[i // per_prompt] for i in range(len(texts))]
+        verdicts = tasks.verify_many(self.task, examples, texts)
+        return np.array([verdict.reward for verdict in verdicts]).reshape(-1, per_prompt)
 
     def _score(self, params: dict, rollouts, kind: str) -> dict[str, np.ndarray]:
         """Sums of per-token statistics over each prompt's completions, [P]."""

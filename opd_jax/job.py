@@ -62,19 +62,27 @@ class Job:
         return lora.attach(self.student.params, params, self.student.lora) if self.student.lora else params
 
 
-def setup(parsed: Config, workdir: str | os.PathLike, *, make_model: Callable[[str, str], str], progress: metrics.Progress) -> Job:
+def setup(
+    parsed: Config,
+    workdir: str | os.PathLike,
+    *,
+    make_model: Callable[[str, str], str],
+    progress: metrics.Progress,
+    own_task: tasks.Task | None = None,
+) -> Job:
     """Refuses what can be refused before any work, then loads or restores. `make_model(recipe, cache_dir)` runs a recipe.
 
     Raises UserError for a config, folder, model, tokenizer or data file that cannot be used.
     """
     if not os.fspath(workdir):
         raise UserError("--workdir='' is no folder; give the folder of the run")
-    asked, workdir = parsed, pathlib.Path(workdir)
+    workdir = pathlib.Path(workdir)
+    task, parsed = tasks.from_config(parsed, own_task)
+    asked = parsed
     objective = objective_lib.from_config(parsed, has_teacher=bool(parsed.teacher.path or parsed.teacher.recipe))
     check_workdir(workdir, asked)
     trackers.check(parsed.log)
     mesh = parallel.make_mesh(parsed.mesh.data, parsed.mesh.fsdp, parsed.mesh.tensor)
-    task = tasks.make(**dataclasses.asdict(parsed.task))
     _warn_of_other_laws(parsed)
     optimizer = learner.make_optimizer(parsed.learner, parsed.steps)
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=parsed.checkpoint.keep)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opd_jax import machine
+from opd_jax.data import tasks
 from opd_jax.data.pipeline import Batch
 from opd_jax.job import Job
 from opd_jax.metrics import Progress
@@ -139,8 +140,7 @@ class Recorder:
         if task.verifiable and config.rollout.source != "dataset":
             examples = [example for example in prompts.examples for _ in range(config.rollout.group_size)]
             texts = [tokenizer.decode(tokens[mask].tolist()) for tokens, mask in zip(tokens_BT, mask_BT, strict=True)]
-            rewards = [task.verify(example, text).reward for example, text in zip(examples, texts, strict=True)]
-            record["rollout/reward"] = float(np.mean(rewards))
+            record["rollout/reward"] = float(np.mean([verdict.reward for verdict in tasks.verify_many(task, examples, texts)]))
         return record
 
     def _evaluation(self, step: int) -> dict[str, float]:

@@ -13,6 +13,7 @@ from opd_jax import config as config_lib
 from opd_jax.cli import Interrupted, StopRequest
 from opd_jax.config import ConfigError
 from opd_jax.data.pipeline import Batch
+from opd_jax.data.tasks import Task
 from opd_jax.job import Job, setup
 from opd_jax.metrics import Progress
 from opd_jax.numerics.estimators import Context
@@ -20,8 +21,10 @@ from opd_jax.recorder import Recorder
 from opd_jax.types import Rollout, UserError, view
 
 
-def run(config, workdir, *, stop: StopRequest | None = None, progress: Progress | None = None) -> Iterator[dict]:
+def run(config, workdir, *, task: Task | None = None, stop: StopRequest | None = None, progress: Progress | None = None) -> Iterator[dict]:
     """Starts or resumes the run of a ConfigDict (what `get_config` returns); yields one record per step, `step` 0 first.
+
+    `task`: a task of your own in place of the config's (opd_jax/data/tasks/README.md); to resume, give it again.
 
     What is yielded is already in metrics.jsonl. Leaving the loop early saves the state. Raises UserError, before any work, for
     a config or workdir that cannot be used; Interrupted once `stop` is set; FloatingPointError when a loss or gradient is not finite. The
@@ -29,7 +32,8 @@ def run(config, workdir, *, stop: StopRequest | None = None, progress: Progress 
     """
     progress = progress or Progress(quiet=True)
     parsed = config_lib.parse(config)
-    job = setup(parsed, workdir, make_model=functools.partial(make_model, stop=stop, progress=progress), progress=progress)
+    recipes = functools.partial(make_model, stop=stop, progress=progress)
+    job = setup(parsed, workdir, make_model=recipes, progress=progress, own_task=task)
     recorder = Recorder(job, progress)
     try:
         progress.begin(job.config.steps, done=job.step)

@@ -147,12 +147,12 @@ class Log:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    name: str = "arithmetic"  # arithmetic, jsonl, math, text, tooluse or unconditional
-    path: str = ""  # file of lines of jsonl, math, text and tooluse
-    metric: str = "rouge"  # reward of task.name=text: rouge or bleu
+    name: str = "arithmetic"  # arithmetic, gsm8k, humaneval, jsonl, math, text, tooluse or unconditional
+    path: str = ""  # file of lines; of gsm8k a folder or a dataset's id on the Hugging Face hub (empty: openai/gsm8k)
+    metric: str = "rouge"  # rouge or bleu: the reward of task.name=text, from 0 to 1
     level: int = 12  # digits of an arithmetic prompt
     train_size: int = 0  # prompts to train on, drawn again and again; 0: as many as the task has (arithmetic: unlimited)
-    eval_size: int = 64  # prompts held out from training; of a file at most half of its lines
+    eval_size: int = 64  # prompts held out from training; of a file at most half of its lines, of gsm8k the first of its test set
     seed: int = 0  # of generated prompts
 
 
@@ -160,7 +160,7 @@ class Task:
 class Config:
     seed: int = 0  # of initial weights, prompt order and all draws
     steps: int = 100  # updates
-    cache_dir: str = "runs/cache"  # where the models of recipes are kept
+    cache_dir: str = "runs/cache"  # where the models of recipes and the prepared data of gsm8k are kept
     student: Student = Student()
     teacher: Teacher = Teacher()
     context: Context = Context()

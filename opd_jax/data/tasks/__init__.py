@@ -1,10 +1,16 @@
 """Tasks: where prompts come from, and how a completion is judged. One file each; `make` builds one by name."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
+from opd_jax import config as config_lib
 from opd_jax.config import check_choice
+from opd_jax.types import UserError
+
+OWN = "own:"  # stands before the name of a user's task in config.json, which no built-in name begins with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +32,10 @@ class Verdict:
 
 
 class Task(Protocol):
-    """What the trainer needs of a task. Examples are random-access and made lazily; a task may be unlimited (a very long sequence)."""
+    """What the trainer needs of a task. Examples are random-access and made lazily; a task may be unlimited (a very long sequence).
+
+    `parallel = True`, where it is there, says that `verify` is thread-safe and waits for something else than this process.
+    """
 
     name: str
     verifiable: bool
@@ -41,17 +50,48 @@ class Task(Protocol):
         ...
 
 
-def make(name: str, *, path: str, level: int, metric: str, train_size: int, eval_size: int, seed: int) -> Task:
+def make(
+    name: str,
+    *,
+    path: str,
+    level: int,
+    train_size: int,
+    eval_size: int,
+    seed: int,
+    metric: str = config_lib.Task.metric,
+    cache_dir: str = config_lib.Config.cache_dir,
+) -> Task:
     """The task of a config's `task` block. Raises UserError for an unknown name, or for data that cannot be used."""
-    from opd_jax.data.tasks import arithmetic, jsonl, math, text, tooluse, unconditional
+    from opd_jax.data.tasks import arithmetic, gsm8k, humaneval, jsonl, math, text, tooluse, unconditional
 
+    sizes = {"train_size": train_size, "eval_size": eval_size}
     makers: dict[str, Callable[[], Task]] = {
-        "arithmetic": lambda: arithmetic.Arithmetic(level=level, train_size=train_size, eval_size=eval_size, seed=seed),
-        "jsonl": lambda: jsonl.read(path, train_size=train_size, eval_size=eval_size),
-        "math": lambda: math.read(path, train_size=train_size, eval_size=eval_size),
-        "text": lambda: text.read(path, metric=metric, train_size=train_size, eval_size=eval_size),
-        "tooluse": lambda: tooluse.read(path, train_size=train_size, eval_size=eval_size),
-        "unconditional": lambda: unconditional.Unconditional(train_size=train_size, eval_size=eval_size),
+        "arithmetic": lambda: arithmetic.Arithmetic(level=level, seed=seed, **sizes),
+        "gsm8k": lambda: gsm8k.read(path, cache_dir=cache_dir, **sizes),
+        "humaneval": lambda: humaneval.read(path, **sizes),
+        "jsonl": lambda: jsonl.read(path, **sizes),
+        "math": lambda: math.read(path, **sizes),
+        "text": lambda: text.read(path, metric=metric, **sizes),
+        "tooluse": lambda: tooluse.read(path, **sizes),
+        "unconditional": lambda: unconditional.Unconditional(**sizes),
     }
     check_choice("task.name", name, tuple(makers))
     return makers[name]()
+
+
+def from_config(config: config_lib.Config, task: Task | None = None) -> tuple[Task, config_lib.Config]:
+    """(the task, the config that says its name): the one of the config, or a user's own, which goes before it. Raises UserError."""
+    if task is None:
+        return make(**dataclasses.asdict(config.task), cache_dir=config.cache_dir), config
+    missing = [name for name in ("name", "verifiable", "digest", "examples", "verify") if not hasattr(task, name)]
+    if missing:
+        raise UserError(f"task = {type(task).__name__}: has no {', '.join(missing)}; opd_jax/data/tasks/README.md has an example")
+    return task, dataclasses.replace(config, task=dataclasses.replace(config.task, name=f"{OWN}{task.name}"))
+
+
+def verify_many(task: Task, examples: Sequence[Example], texts: Sequence[str]) -> list[Verdict]:
+    """A verdict per completion, in order; a task that says `parallel = True` is asked from a thread per processor core."""
+    if not getattr(task, "parallel", False):
+        return [task.verify(example, text) for example, text in zip(examples, texts, strict=True)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(task.verify, examples, texts))

@@ -1,24 +1,17 @@
 """A user's file: one JSON object per line with `prompt`, optionally `answer` (to verify) and `solution` (to learn from)."""
 
 import dataclasses
-from collections.abc import Sequence
 
-from opd_jax.data.tasks import Example, Verdict, lines
+from opd_jax.data.tasks import Example, Verdict
+from opd_jax.data.tasks.lines import FileTask, Line, hold_out
+from opd_jax.data.tasks.lines import read as read_lines
 from opd_jax.types import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Jsonl:
-    split: lines.Split
-    verifiable: bool  # every line has an answer
+class Jsonl(FileTask):
+    verifiable: bool = False  # every line has an answer
     name = "jsonl"
-
-    @property
-    def digest(self) -> str:
-        return self.split.digest
-
-    def examples(self, split: str) -> Sequence[Example]:
-        return self.split.examples(split)
 
     def verify(self, example: Example, text: str) -> Verdict:
         """Exact match with `answer`, up to white space at the ends."""
@@ -28,13 +21,15 @@ class Jsonl:
 
 
 def read(path: str, *, train_size: int, eval_size: int) -> Jsonl:
-    """Reads a file; see lines.read for what is held out. Raises UserError."""
-    split = lines.read(path, task="jsonl", holds="`prompt`", make=_example, train_size=train_size, eval_size=eval_size)
-    return Jsonl(split, all(example.answer is not None for example in (*split.train, *split.held_out)))
+    """Reads a file; the last `eval_size` lines, at most half of them, are held out; see lines.hold_out. Raises UserError."""
+    lines, digest = read_lines(path, task="jsonl", holds="`prompt`")
+    examples = [_example(line, index) for index, line in enumerate(lines)]
+    train, held_out = hold_out(path, examples, train_size=train_size, eval_size=eval_size)
+    return Jsonl(train, held_out, digest, verifiable=all(example.answer is not None for example in examples))
 
 
-def _example(line: lines.Line, index: int) -> Example:
-    prompt = line.fields.get("prompt")
-    if not isinstance(prompt, str):
+def _example(line: Line, index: int) -> Example:
+    if not isinstance(line.fields.get("prompt"), str):  # which may be empty
         raise UserError(f'{line.where}: has no `prompt` text; write {{"prompt": ...}}, optionally with answer and solution')
-    return Example(id=index, prompt=line.required("prompt"), solution=line.text("solution", "answer"), answer=line.text("answer"))
+    prompt, answer, solution = (line.text(name) for name in ("prompt", "answer", "solution"))
+    return Example(id=index, prompt=prompt, solution=solution if solution is not None else answer, answer=answer)

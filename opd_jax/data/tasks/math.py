@@ -1,94 +1,58 @@
-"""Mathematics with a final answer in a box, such as MATH-500 and AIME: lines with `problem` (or `prompt`, `question`) and `answer`."""
+r"""Problems whose answer is an expression: what stands in the last \boxed{} is compared with the reference by math-verify.
+
+`task.path` is a file of lines with `prompt`, `problem` or `question`, and `answer`; optionally `solution` to learn from (without it, the
+boxed answer). A completion without \boxed{} is wrong; problems that do not ask for it are given a sentence that does.
+"""
 
 import dataclasses
-import fractions
-import functools
 import re
-from collections.abc import Sequence
 
-from opd_jax.data.tasks import Example, Verdict, lines
-from opd_jax.data.tasks.equivalence import Judge
+from opd_jax.data.tasks import Example, Verdict, answers, math_checker
+from opd_jax.data.tasks.lines import FileTask, Line, hold_out
+from opd_jax.data.tasks.lines import read as read_lines
 
-INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
-MAX_ANSWER = 1000  # characters of an answer that is compared
+INSTRUCTION = r"Think step by step, and put the final answer in \boxed{}."
+
+_PLAIN = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")  # which the library would round to six digits
+_IN_BASE = re.compile(r"([0-9A-Z]+)_\{?(\d+)\}?")  # 52_8, whose base the library would drop
 
 
 @dataclasses.dataclass(frozen=True)
-class Math:
-    split: lines.Split
+class Math(FileTask):
     name = "math"
-    verifiable = True
-
-    @property
-    def digest(self) -> str:
-        return self.split.digest
-
-    def examples(self, split: str) -> Sequence[Example]:
-        return self.split.examples(split)
-
-    @functools.cached_property
-    def judge(self) -> Judge:
-        return Judge()
+    parallel = True  # each comparison waits for another process
 
     def verify(self, example: Example, text: str) -> Verdict:
-        """Whether the last \\boxed{} is equivalent to the answer: the same text but for notation, or the same value to math-verify."""
-        given = boxed(text)
+        """Equal text is right; otherwise the two expressions must be equal. What cannot be compared within limits is wrong."""
+        given = answers.boxed(text)
         if given is None:
-            return Verdict(0.0, "there is no final answer in \\boxed{}")
-        if len(given) > MAX_ANSWER:
-            return Verdict(0.0, f"the answer has {len(given)} characters, more than {MAX_ANSWER}")
-        same = same_notation(given, example.answer)
-        if same or (same is None and self.judge.equivalent(example.answer, given)):
+            return Verdict(0.0, rf"there is no \boxed{{}} with the answer, which is {example.answer}")
+        if given == example.answer:
             return Verdict(1.0)
-        return Verdict(0.0, f"the answer is {given[:80]!r}, it should be {example.answer!r}")
+        equal = _equal(example.answer, given)
+        if equal:
+            return Verdict(1.0)
+        reason = f"the answer is {given[:80]}, it should be {example.answer}"
+        return Verdict(0.0, reason if equal is not None else f"{reason}; the two cannot be compared")
+
+
+def _equal(reference: str, given: str) -> bool | None:
+    if _PLAIN.fullmatch(reference) and _PLAIN.fullmatch(given):
+        return answers.exact(reference) == answers.exact(given)
+    expected, found = _IN_BASE.fullmatch(reference), _IN_BASE.fullmatch(given)
+    if expected and found:
+        return expected.groups() == found.groups()
+    return math_checker.shared().equal(reference, given)
 
 
 def read(path: str, *, train_size: int, eval_size: int) -> Math:
-    """Reads a file; see lines.read for what is held out. Raises UserError."""
-    holds = "`problem` and `answer`"
-    return Math(lines.read(path, task="math", holds=holds, make=_example, train_size=train_size, eval_size=eval_size))
+    """Reads a file; the last lines are held out, see lines.hold_out. Raises UserError."""
+    lines, digest = read_lines(path, task="math", holds="`prompt` and `answer`")
+    examples = [_example(line, index) for index, line in enumerate(lines)]
+    return Math(*hold_out(path, examples, train_size=train_size, eval_size=eval_size), digest)
 
 
-def _example(line: lines.Line, index: int) -> Example:
-    """A `prompt` is read as it is; a bare problem gets the usual instruction."""
-    problem, answer = line.required("problem", "prompt", "question"), line.required("answer")
-    asked = line.text("problem") is None and line.text("prompt") is not None
-    solution = line.text("solution") or f"\\boxed{{{answer}}}"
-    return Example(id=index, prompt=problem if asked else problem + INSTRUCTION, solution=solution, answer=answer)
-
-
-def boxed(text: str) -> str | None:
-    """The content of the last \\boxed{} or \\fbox{} whose braces are balanced."""
-    for match in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*\{", text))):
-        depth = 1
-        for end in range(match.end(), len(text)):
-            escaped = text[end - 1] == "\\" and text[end - 2] != "\\"
-            depth += 0 if escaped else (text[end] == "{") - (text[end] == "}")
-            if depth == 0:
-                return text[match.end() : end].strip()
-    return None
-
-
-def same_notation(a: str, b: str) -> bool | None:
-    """Whether two answers are the same text but for notation, or the same plain number; None where that does not tell.
-
-    Plain numbers are compared exactly, where math-verify rounds to six digits and leaves a base (52_8) out.
-    """
-    a, b = normalise(a), normalise(b)
-    numbers = [_NUMBER.fullmatch(text) for text in (a, b)]
-    if a == b or not all(numbers):
-        return a == b or None
-    (value_a, base_a), (value_b, base_b) = (match.groups() for match in numbers)
-    return fractions.Fraction(value_a) == fractions.Fraction(value_b) and (base_a == base_b or None in (base_a, base_b))
-
-
-_NUMBER = re.compile(r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))(?:_([0-9]+))?")
-# Notation that says nothing: sizes of brackets and fractions, spaces, dollars, a unit's degree sign, the full stop.
-_NOTATION = re.compile(r"\\(?:left|right|big|Big|,|;|!|:| |\$|%)|\\text(?:bf|rm|it)?\b|\\mathrm\b|\^\{?\\circ\}?|[\s${}]|\.$")
-
-
-def normalise(answer: str) -> str:
-    """An answer without its notation, for comparison by text: what math-verify cannot parse, such as names and choices."""
-    answer = re.sub(r"\\[dt]frac", r"\\frac", answer.strip())
-    answer = re.sub(r"(?<=\d),(?=\d{3}\b)", "", re.sub(r"\{,\}", ",", answer))
-    return _NOTATION.sub("", re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}/{\2}", re.sub(r"\\frac\{([^{}]*)\}\{", r"\\frac{\1}/{", answer)))
+def _example(line: Line, index: int) -> Example:
+    problem, answer = line.required("prompt", "problem", "question"), line.required("answer").strip()
+    prompt = problem if "\\boxed" in problem else f"{problem}\n{INSTRUCTION}\n"
+    return Example(index, prompt, solution=line.text("solution") or f"\\boxed{{{answer}}}", answer=answer)

@@ -1,116 +1,119 @@
-"""One turn of tool use, as in ToolAlpaca: a prompt that documents tools, and the calls that answer it.
+"""Tool calls written as text: "Action: NAME" and "Action Input: {JSON}", compared with the calls of the reference.
 
-Lines have `prompt` and `answer`, a list of {"Action": name, "Action_Input": JSON object}, as JSON or as text that holds it. A completion
-names its calls in the same words: "Action: NAME" and after it "Action Input: {...}".
+`task.path` is a file of lines with `prompt`, which tells the format, and `answer`: a JSON list of {"Action": name, "Action_Input": JSON
+text}. All calls must be there, each name with its own arguments, no others, in any order. Arguments are compared as JSON: the order of
+keys and the spelling of numbers (1, 1.0) do not matter, everything else does. A call whose name begins with "[Optional]" may be left out.
 """
 
 import dataclasses
 import json
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from opd_jax import files
-from opd_jax.data.tasks import Example, Verdict, lines
+from opd_jax.data.tasks import Example, Verdict
+from opd_jax.data.tasks.lines import FileTask, Line, hold_out
+from opd_jax.data.tasks.lines import read as read_lines
 from opd_jax.types import UserError
 
-OPTIONAL = "[Optional]"  # before a name: the call may be left out
-
-Call = tuple[str, dict[str, Any]]
+OPTIONAL = "[Optional]"
+# The name ends with its line; the arguments are the JSON value that follows.
+_CALL = re.compile(r"^[ \t*]*Action[ \t]*:[ \t*]*(?P<name>[^\n]*?)[ \t*]*\n\s*[*]*Action[ \t_]Input[ \t]*:[* \t]*", re.MULTILINE)
+_ACTION = re.compile(r"^[ \t*]*Action[ \t]*:", re.MULTILINE)
+Call = tuple[str, str]  # name, arguments as canonical JSON
 
 
 @dataclasses.dataclass(frozen=True)
-class ToolUse:
-    split: lines.Split
+class ToolUse(FileTask):
     name = "tooluse"
-    verifiable = True
-
-    @property
-    def digest(self) -> str:
-        return self.split.digest
-
-    def examples(self, split: str) -> Sequence[Example]:
-        return self.split.examples(split)
 
     def verify(self, example: Example, text: str) -> Verdict:
-        """1 where the calls are those of the answer, in any order, with the same arguments. The feedback names the first that is not."""
+        """The calls are those of the reference; the feedback names the first that is missing or should not be there."""
         try:
-            given = calls_in(text)
+            given = calls_of(text)
         except ValueError as error:
             return Verdict(0.0, str(error))
-        missing = [(name, json.loads(arguments)) for name, arguments in json.loads(example.answer)]
-        for name, arguments in given:
-            found = next((call for call in missing if same(call, (name, arguments))), None)
-            if found is None:
-                expected = next((a for n, a in missing if n.removeprefix(OPTIONAL) == name), None)
-                wrong = f"its arguments should be {json.dumps(expected)}" if expected is not None else "it should not be called"
-                return Verdict(0.0, f"call {name} with {json.dumps(arguments)}: {wrong}")
-            missing.remove(found)
-        absent = [name for name, _ in missing if not name.startswith(OPTIONAL)]
-        return Verdict(0.0, f"{absent[0]} is not called") if absent else Verdict(1.0)
+        for call, needed in _reference(example.answer):
+            if call in given:
+                given.remove(call)
+            elif needed:
+                return Verdict(0.0, _difference(call, given))
+        return Verdict(1.0) if not given else Verdict(0.0, f"the call {given[0][0]} {given[0][1][:200]} should not be there")
+
+
+def calls_of(text: str) -> list[Call]:
+    """The calls of a completion, in order. Raises ValueError, with words for the feedback, where one cannot be read."""
+    calls, starts = [], [match.start() for match in _ACTION.finditer(text)]
+    if not starts:
+        raise ValueError('there is no line "Action: ..."')
+    for start in starts:
+        match = _CALL.match(text, start)
+        if match is None or not match["name"]:
+            raise ValueError(f'the lines from {text[start : start + 60]!r} are not "Action: NAME" and "Action Input: JSON"')
+        calls.append((match["name"], _canonical(_json_at(text, match.end(), match["name"]))))
+    return calls
+
+
+def _json_at(text: str, start: int, name: str) -> dict:
+    end = next((match.start() for match in _ACTION.finditer(text, start)), len(text))
+    try:
+        value, _ = json.JSONDecoder(parse_int=_number, parse_float=_number).raw_decode(
+            text[start:end].removeprefix("```json").lstrip("`\n ")
+        )
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the input of {name} is not JSON ({files.reason(error)})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"the input of {name} is a JSON {type(value).__name__}, it must be an object")
+    return value
+
+
+def _number(text: str) -> int | float:
+    if len(text) > 400:
+        raise ValueError("a number is too long")
+    return int(text) if float(text) == float("inf") or not re.search("[.eE]", text) else _whole(float(text))
+
+
+def _whole(value: float) -> int | float:
+    return int(value) if value.is_integer() else value
+
+
+def _canonical(arguments: dict) -> str:
+    return json.dumps(arguments, sort_keys=True)
+
+
+def _reference(answer: str) -> Sequence[tuple[Call, bool]]:
+    """(call, whether it is needed); needed calls first, so that an optional one never takes the place of an equal one that is needed."""
+    found = [(tuple(call), needed) for *call, needed in json.loads(answer)]
+    return sorted(found, key=lambda item: not item[1])
+
+
+def _difference(call: Call, given: list[Call]) -> str:
+    name, arguments = call
+    same = next((others for other, others in given if other == name), None)
+    if same is not None:
+        return f"the input of {name} is {same[:200]}, it should be {arguments}"
+    return f"the call {name} {arguments} is missing" + (f"; there is {given[0][0]}" if given else "")
 
 
 def read(path: str, *, train_size: int, eval_size: int) -> ToolUse:
-    """Reads a file; see lines.read for what is held out. Raises UserError."""
-    holds = "`prompt` and `answer`"
-    return ToolUse(lines.read(path, task="tooluse", holds=holds, make=_example, train_size=train_size, eval_size=eval_size))
+    """Reads a file; the last lines are held out, see lines.hold_out. Raises UserError."""
+    lines, digest = read_lines(path, task="tooluse", holds="`prompt` and `answer`")
+    examples = [_example(line, index) for index, line in enumerate(lines)]
+    return ToolUse(*hold_out(path, examples, train_size=train_size, eval_size=eval_size), digest)
 
 
-def _example(line: lines.Line, index: int) -> Example:
-    calls = _reference(line)
-    solution = "\n".join(f"Action: {name.removeprefix(OPTIONAL)}\nAction Input: {arguments}" for name, arguments in calls)
-    return Example(id=index, prompt=line.required("prompt"), solution=solution, answer=json.dumps(calls))
-
-
-def _reference(line: lines.Line) -> list[tuple[str, str]]:
-    """[(name, arguments as JSON text)] of a line's answer."""
-    remedy = 'write [{"Action": name, "Action_Input": {...}}]'
-    answer = line.fields.get("answer")
+def _example(line: Line, index: int) -> Example:
+    """The solution writes every call down in the format that the prompt tells."""
+    wrong = f'{line.where}: `answer` must be a list of {{"Action": name, "Action_Input": JSON text}}'
+    value = line.fields.get("answer")
     try:
-        answer = files.parse_json(answer) if isinstance(answer, str) else answer
-        calls = []
-        for call in answer if isinstance(answer, list) else []:
-            arguments = call["Action_Input"]
-            arguments = files.parse_json(arguments) if isinstance(arguments, str) else arguments
-            if not isinstance(call["Action"], str) or not isinstance(arguments, dict):
-                raise ValueError("a name is not text, or its input is not an object")
-            calls.append((call["Action"], json.dumps(arguments)))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{line.where}: `answer` cannot be read ({files.reason(error)}); {remedy}") from None
+        value = files.parse_json(value) if isinstance(value, str) else value
+        pairs = [(call["Action"], call["Action_Input"]) for call in value]
+        shown = [f"Action: {name.removeprefix(OPTIONAL)}\nAction Input: {arguments}" for name, arguments in pairs]
+        calls = [[name.removeprefix(OPTIONAL), _canonical(_json_at(text, 0, name)), not name.startswith(OPTIONAL)] for name, text in pairs]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{wrong} ({files.reason(error)}); correct the line") from None
     if not calls:
-        raise UserError(f"{line.where}: `answer` has no calls; {remedy}")
-    return calls
-
-
-def calls_in(text: str) -> list[Call]:
-    """The calls of a completion, in order. Raises ValueError that says, for the model that wrote it, what cannot be read."""
-    calls: list[Call] = []
-    decoder = json.JSONDecoder()
-    for match in re.finditer(r"^[ \t]*Action:[ \t]*(.+?)[ \t]*$", text, flags=re.MULTILINE):
-        name = match.group(1)
-        given = re.match(r"\s*Action Input:\s*", text[match.end() :])
-        if given is None:
-            raise ValueError(f"no `Action Input:` follows `Action: {name[:80]}`")
-        try:
-            arguments, _ = decoder.raw_decode(text[match.end() + given.end() :])
-        except (ValueError, RecursionError):
-            raise ValueError(f"the input of {name[:80]} is not JSON") from None
-        if not isinstance(arguments, dict):
-            raise ValueError(f"the input of {name[:80]} is not a JSON object")
-        calls.append((name, arguments))
-    if not calls:
-        raise ValueError("no line begins with `Action:`")
-    return calls
-
-
-def same(reference: Call, call: Call) -> bool:
-    """Names without the mark of an optional call; arguments as JSON values, where 1 and 1.0 are one number and true is none."""
-    return reference[0].removeprefix(OPTIONAL) == call[0] and _equal(reference[1], call[1])
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(_equal, a, b))
-    return isinstance(a, bool) == isinstance(b, bool) and a == b
+        raise UserError(f"{wrong}; it is empty")
+    prompt = line.required("prompt")
+    return Example(index, prompt, solution="\n".join(shown) + "\n", answer=json.dumps(calls))
