@@ -55,7 +55,7 @@ def test_the_page_in_docs_is_what_the_command_writes(tmp_path):
 
 def tiny_config(**fields):
     c = config_lib.default()
-    c.rollout.batch_size, c.rollout.max_new_tokens = 32, 3
+    c.rollout.batch_size, c.rollout.max_new_tokens = 31, 3
     c.student.init.num_hidden_layers = 1
     c.student.init.hidden_size = c.student.init.intermediate_size = 32
     c.eval.prompts, c.eval.batch_size, c.eval.samples = 20, 32, 3
@@ -241,7 +241,7 @@ def test_eval_metrics_follow_their_formulas(update):
         "eval/length": x["m"].sum() / len(x["m"]),
         "eval/truncated_fraction": 1 - x["stopped"].mean(),
     }
-    assert 0 < s < P and 0 < successes.sum() < 60
+    assert 0 < s < P and 0 < successes.sum() < 60 and x["stopped"].mean() not in (0, 0.5, 1)
     for name, value in expected.items():
         assert record[name] == pytest.approx(value, rel=2e-5), name
 
