@@ -76,13 +76,13 @@ def setup(
     """
     if not os.fspath(workdir):
         raise UserError("--workdir='' is no folder; give the folder of the run")
-    workdir = pathlib.Path(workdir)
-    task, parsed = tasks.from_config(parsed, own_task)
-    asked = parsed
+    parsed = tasks.with_own(parsed, own_task)
+    asked, workdir = parsed, pathlib.Path(workdir)
     objective = objective_lib.from_config(parsed, has_teacher=bool(parsed.teacher.path or parsed.teacher.recipe))
     check_workdir(workdir, asked)
     trackers.check(parsed.log)
     mesh = parallel.make_mesh(parsed.mesh.data, parsed.mesh.fsdp, parsed.mesh.tensor)
+    task = tasks.from_config(parsed, own_task)
     _warn_of_other_laws(parsed)
     optimizer = learner.make_optimizer(parsed.learner, parsed.steps)
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=parsed.checkpoint.keep)

@@ -59,6 +59,34 @@ def test_the_quickstart_gives_all_three_equal_updates_and_tokens():
     assert configs[0]["task.train_size"] == 48
 
 
+def test_gsm8k_names_models_of_one_family():
+    module = load(ROOT / "configs" / "gsm8k_qwen.py")
+    for family, thinking in (("qwen2.5", ""), ("qwen3", "off")):
+        parsed = config_lib.parse(module.get_config(family))
+        assert parsed.student.path.lower().startswith(f"qwen/{family}") and parsed.teacher.path.lower().startswith(f"qwen/{family}")
+        assert (parsed.context.student.template, parsed.context.student.thinking) == ("chat", thinking)
+        assert parsed.task.name == "gsm8k" and parsed.task.path == ""
+    with pytest.raises(config_lib.ConfigError, match="is the recipe of tiny"):
+        module.get_config("teacher")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family, model_type", [("qwen2.5", "qwen2"), ("qwen3", "qwen3")])
+def test_gsm8k_tiny_from_end_to_end(family, model_type, tmp_path):
+    """Offline: the real architecture, the chat template, the prepared data, the verifier, and a second start that finds nothing to do."""
+    workdir, cache = tmp_path / "run", f"--config.cache_dir={tmp_path / 'cache'}"
+    flags = [f"--config=configs/gsm8k_qwen.py:{family},tiny", f"--workdir={workdir}", cache]
+    script("train.py", *flags)
+    records = metrics.read(workdir / "metrics.jsonl")
+    assert [record["step"] for record in records] == [0, 1, 2, 3]
+    assert records[0]["eval/prompts"] == 8 and records[0]["eval/reverse_kl"] > 0 and 0 <= records[-1]["eval/accuracy"] <= 1
+    assert json.loads((workdir / "model" / "config.json").read_text())["model_type"] == model_type
+    assert len(list((tmp_path / "cache" / "gsm8k").iterdir())) == 1
+    samples = [json.loads(line) for line in (workdir / "samples.jsonl").read_text().splitlines()]
+    assert samples and all("####" in sample["prompt"] for sample in samples)
+    assert "nothing to do" in script("train.py", *flags)
+
+
 @pytest.mark.slow
 def test_quickstart_from_end_to_end(tmp_path):
     workdirs, cache = [], f"--config.cache_dir={tmp_path / 'cache'}"

@@ -79,14 +79,19 @@ def make(
     return makers[name]()
 
 
-def from_config(config: config_lib.Config, task: Task | None = None) -> tuple[Task, config_lib.Config]:
-    """(the task, the config that says its name): the one of the config, or a user's own, which goes before it. Raises UserError."""
-    if task is None:
-        return make(**dataclasses.asdict(config.task), cache_dir=config.cache_dir), config
-    missing = [name for name in ("name", "verifiable", "digest", "examples", "verify") if not hasattr(task, name)]
+def from_config(config: config_lib.Config, own: Task | None = None) -> Task:
+    """The task of a config, or a user's own, which goes before it. Raises UserError."""
+    return own if own is not None else make(**dataclasses.asdict(config.task), cache_dir=config.cache_dir)
+
+
+def with_own(config: config_lib.Config, own: Task | None) -> config_lib.Config:
+    """The config that names a user's own task. Raises UserError for an object that is no task."""
+    if own is None:
+        return config
+    missing = [name for name in ("name", "verifiable", "digest", "examples", "verify") if not hasattr(own, name)]
     if missing:
-        raise UserError(f"task = {type(task).__name__}: has no {', '.join(missing)}; opd_jax/data/tasks/README.md has an example")
-    return task, dataclasses.replace(config, task=dataclasses.replace(config.task, name=f"{OWN}{task.name}"))
+        raise UserError(f"task = {type(own).__name__}: has no {', '.join(missing)}; opd_jax/data/tasks/README.md has an example")
+    return dataclasses.replace(config, task=dataclasses.replace(config.task, name=f"{OWN}{own.name}"))
 
 
 def verify_many(task: Task, examples: Sequence[Example], texts: Sequence[str]) -> list[Verdict]:

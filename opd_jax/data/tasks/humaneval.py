@@ -21,7 +21,7 @@ from opd_jax.types import UserError
 # Where a continuation leaves the function that it was to complete (the stop sequences of the paper, and a fence that a chat model closes).
 STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint", "\n@", "\n```")
 LIMITS = sandbox.Limits(cpu_seconds=5, wall_seconds=60.0)
-_FENCE = re.compile(r"^[ \t]*```[ \t]*(?:python|py|python3)?[ \t]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL | re.IGNORECASE)
+_FENCE = re.compile(r"^[ \t]*```[ \t]*(?:python|py|python3)?[ \t]*\n(.*?)(^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL | re.IGNORECASE)
 _FRAME = re.compile(r'^  File "<program>", line (\d+)', re.MULTILINE)
 
 
@@ -44,8 +44,9 @@ class HumanEval(FileTask):
 def program_of(prompt: str, text: str, entry_point: str) -> str:
     """The program of a completion: a fenced block, or a whole function, or a continuation of the prompt up to a stop sequence."""
     defines = re.compile(rf"^(?:async )?def {re.escape(entry_point)}\b", re.MULTILINE)
-    blocks = [match[1] for match in _FENCE.finditer(text)]
-    block = next(filter(defines.search, blocks), blocks[0] if blocks else None)
+    blocks = list(_FENCE.finditer(text))
+    closed = [match[1] for match in blocks if match[2]]  # a fence that stands alone may be the end of a continuation
+    block = next((match[1] for match in blocks if defines.search(match[1])), closed[0] if closed else None)
     whole = block if block is not None else text.strip("\n")
     if defines.search(whole):
         head = defines.search(prompt)

@@ -12,7 +12,7 @@ import resource
 import signal
 import sys
 
-CPU_SECONDS, MEMORY_BYTES = 4.0, 2**31
+CPU_SECONDS, MEMORY_BYTES = 3.0, 2**31
 
 
 def compare(reference: str, answer: str) -> bool | None:
