@@ -1,4 +1,4 @@
-"""A task of one's own: the page's code runs as it stands, resumes, and is not taken for another task; verdicts come from threads in order."""
+"""A task of one's own: the page's code runs as it stands, resumes, and is not taken for another task; verdicts keep their order."""
 
 import json
 import pathlib
