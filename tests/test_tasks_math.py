@@ -60,6 +60,10 @@ def test_different_expressions(task, reference, answer):
     assert verdict.reward == 0.0 and f"it should be {reference}" in verdict.feedback
 
 
+def test_numbers_that_are_too_long_are_not_equal(task):
+    assert judge(task, "1" * 1500, "\\boxed{" + "2" * 1500 + "}").reward == 0.0
+
+
 def test_the_last_box_counts(task):
     assert judge(task, "2", "\\boxed{1} no, \\boxed{2} and \\boxed{").reward == 1.0
     assert judge(task, "1", "\\boxed{1} no, \\boxed{2}").reward == 0.0

@@ -38,7 +38,8 @@ class Math(FileTask):
 
 def _equal(reference: str, given: str) -> bool | None:
     if _PLAIN.fullmatch(reference) and _PLAIN.fullmatch(given):
-        return answers.exact(reference) == answers.exact(given)
+        expected, found = answers.exact(reference), answers.exact(given)
+        return expected == found if expected is not None else None
     expected, found = _IN_BASE.fullmatch(reference), _IN_BASE.fullmatch(given)
     if expected and found:
         return expected.groups() == found.groups()
