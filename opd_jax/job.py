@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import logging
 import os
 import pathlib
@@ -12,15 +11,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from opd_jax import checkpoint, files, learner, machine, metrics, model_io, parallel, rollout, teachers, trackers
+from opd_jax import checkpoint, learner, machine, metrics, parallel, rollout, trackers
 from opd_jax import config as config_lib
 from opd_jax import objective as objective_lib
+from opd_jax import workdir as workdir_lib
 from opd_jax.config import Config
 from opd_jax.data import tasks
 from opd_jax.data.pipeline import CHECKED_AT_ONCE, Pipeline
 from opd_jax.evaluate import Evaluator
 from opd_jax.model_io import LoadedModel
-from opd_jax.models import lora, spec, transformer
+from opd_jax.models import lora, spec
 from opd_jax.pair import Pair, open_pair
 from opd_jax.samples import SampleLog
 from opd_jax.types import TrainState, UserError
@@ -79,7 +79,7 @@ def setup(
     parsed = tasks.with_own(parsed, own_task)
     asked, workdir = parsed, pathlib.Path(workdir)
     objective = objective_lib.from_config(parsed, has_teacher=bool(parsed.teacher.path or parsed.teacher.recipe))
-    check_workdir(workdir, asked)
+    workdir_lib.check(workdir, asked)
     trackers.check(parsed.log)
     mesh = parallel.make_mesh(parsed.mesh.data, parsed.mesh.fsdp, parsed.mesh.tensor)
     task = tasks.from_config(parsed, own_task)
@@ -93,16 +93,11 @@ def setup(
     student, teacher = pair.student, pair.teacher
     pipeline = _make_pipeline(parsed, task, pair)
     evaluate = make_evaluator(parsed, mesh, task, pair)
-    identity = _identity(student, teacher, task)
-    if resumed:
-        state, step, info = _restore(checkpoints, student, optimizer, mesh, identity, parsed)
-    else:
-        trained = _init_adapter(student, parsed.seed, mesh) if student.lora else student.params
-        state, step, info = learner.init_state(trained, optimizer), 0, {"tokens_total": 0, "seconds": 0.0, **identity}
+    state, step, info = _begin_or_resume(parsed, checkpoints, pair, task, optimizer, mesh)
     student = student if student.lora else dataclasses.replace(student, params={})
     writer = metrics.MetricsWriter(workdir)
     writer.truncate_after(step if resumed else -1)
-    _describe_run(workdir, asked, student, base=parsed.student.path, resumed=resumed)
+    workdir_lib.describe(workdir, asked, student, base=parsed.student.path, resumed=resumed)
     if not resumed or step < parsed.steps:
         machine.begin_session(workdir, step, mesh)
     return Job(
@@ -129,52 +124,13 @@ def setup(
     )
 
 
-def check_workdir(workdir: pathlib.Path, config: Config) -> None:
-    """Creates the folder, or refuses one that cannot be written or that holds a run with another config."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise UserError(f"--workdir={workdir}: cannot be created ({files.reason(error)}); give a folder that can be written") from None
-    if not os.access(workdir, os.W_OK | os.X_OK):
-        raise UserError(f"--workdir={workdir}: is not writable; give another folder or change its permissions")
-    path = workdir / "config.json"
-    if not os.path.lexists(path):
-        found = [name for name in ("metrics.jsonl", "samples.jsonl", "checkpoints", "model") if os.path.lexists(workdir / name)]
-        if found:
-            raise UserError(f"--workdir={workdir}: holds {found[0]} but no config.json; give another folder, or restore the file")
-        return
-    remedy = "give another --workdir, or restore the file"
-    previous = config_lib.flatten(files.read_json(path, remedy=remedy))
-    if not isinstance(previous.get("steps"), int):
-        raise UserError(f"{path}: is not the config of a run (steps = {files.shown(previous.get('steps'))}); {remedy}")
-    if (workdir / "checkpoints").exists() and not (workdir / "checkpoints").is_dir():
-        raise UserError(f"{workdir / 'checkpoints'}: is not a folder; give another --workdir, or restore it")
-    changed = config_lib.differences(previous, dataclasses.asdict(config))
-    if changed:
-        raise UserError(
-            f"--workdir={workdir}: its run has another config ({'; '.join(changed)}); give another --workdir, or the old values"
-        )
-    if config.steps > previous["steps"] and not config.learner.decay_steps:
-        log.warning("steps grow from %d to %d: the schedule is now stretched; set learner.decay_steps", previous["steps"], config.steps)
-    records, samples = (metrics.read(p) if os.path.lexists(p) else [] for p in (workdir / "metrics.jsonl", workdir / "samples.jsonl"))
-    trained = any(record["step"] > 0 for record in [*records, *samples])
-    if trained and not checkpoint.Checkpoints(workdir / "checkpoints").steps():
-        raise UserError(f"{workdir / 'checkpoints'}: is empty, but metrics.jsonl shows updates; restore it, or give another --workdir")
-
-
-def _describe_run(workdir: pathlib.Path, config: Config, student: LoadedModel, *, base: str, resumed: bool) -> None:
-    """Writes config.json and model/ where they are missing or out of date. Raises UserError."""
-    text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-    path, temporary = workdir / "config.json", workdir / "config.tmp"
-    try:
-        if not path.exists() or path.read_text() != text:
-            temporary.write_text(text)
-            temporary.replace(path)
-        if not (resumed and model_io.is_run_directory(workdir)):
-            model_io.describe(workdir, student, base)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"--workdir={workdir}: cannot be written ({files.reason(error)}); free space, or give another folder") from None
+def _begin_or_resume(config: Config, checkpoints, pair: Pair, task: tasks.Task, optimizer, mesh: Mesh) -> tuple[TrainState, int, dict]:
+    """(state, its step, what a checkpoint remembers beside it)."""
+    identity = workdir_lib.identity(pair, task)
+    if checkpoints.steps():
+        return workdir_lib.restore(checkpoints, pair, optimizer, mesh, identity, config)
+    trained = _init_adapter(pair.student, config.seed, mesh) if pair.student.lora else pair.student.params
+    return learner.init_state(trained, optimizer), 0, {"tokens_total": 0, "seconds": 0.0, **identity}
 
 
 def _warn_of_other_laws(config: Config) -> None:
@@ -236,51 +192,8 @@ def _make_update(config: Config, objective, optimizer, student: LoadedModel, tea
     return learner.make_update(objective, student.config, teacher_config, optimizer, **settings)
 
 
-def _identity(student: LoadedModel, teacher: LoadedModel | None, task: tasks.Task) -> dict[str, str]:
-    """Hashes of what a run reads and never writes; a resumed run must find the same."""
-    base = teachers.content_hash(student.params) if student.lora else ""
-    if teacher is None:
-        return {"teacher_hash": "", "data_hash": task.digest, "base_hash": base}
-    shared = student.lora is not None and teacher.params is student.params
-    return {"teacher_hash": base if shared else teachers.content_hash(teacher.params), "data_hash": task.digest, "base_hash": base}
-
-
-def _trained_specs(student: LoadedModel) -> dict:
-    """What is trained: all parameters, or those of an adapter."""
-    specs = transformer.param_specs(student.config)
-    return lora.param_specs(specs, student.lora) if student.lora else specs
-
-
 def _init_adapter(student: LoadedModel, seed: int, mesh: Mesh) -> dict:
-    specs = _trained_specs(student)
-    if not specs:
-        raise UserError(f"student.lora.targets: the student has none of {', '.join(student.lora.modules)}; give others")
-    return spec.init(jax.random.fold_in(jax.random.key(seed), 0x10FA), specs, jnp.float32, mesh)
-
-
-def _restore(checkpoints, student, optimizer, mesh, identity: dict, config: Config) -> tuple[TrainState, int, dict]:
-    params = spec.abstract(_trained_specs(student), jnp.float32, mesh)
-    step, state, info = checkpoints.restore(learner.abstract_state(params, optimizer))
-    kinds = {"base_hash": str, "teacher_hash": str, "data_hash": str, "tokens_total": int, "seconds": (int, float)}
-    for name, kind in kinds.items():
-        if not isinstance(info.get(name), kind):
-            raise UserError(
-                f"{checkpoints.directory / str(step)}: info.json has {name} = {files.shown(info.get(name))}; restore it, or "
-                "give another --workdir"
-            )
-    if int(state.step) != step:
-        raise UserError(f"{checkpoints.directory / str(step)}: holds the state after {int(state.step)} updates; rename it back")
-    if info["base_hash"] != identity["base_hash"]:
-        raise UserError(
-            f"student.path = {config.student.path!r}: its weights are not those this run began with; restore them or give another --workdir"
-        )
-    if info["teacher_hash"] != identity["teacher_hash"]:
-        raise UserError(
-            f"teacher.path = {config.teacher.path!r}: its weights are not those this run began with; restore them or give another --workdir"
-        )
-    if info["data_hash"] != identity["data_hash"]:
-        raise UserError(f"task.path = {config.task.path!r}: is not the file this run began with; restore it, or give another --workdir")
-    return state, step, info
+    return spec.init(jax.random.fold_in(jax.random.key(seed), 0x10FA), workdir_lib.trained_specs(student), jnp.float32, mesh)
 
 
 def make_evaluator(config: Config, mesh: Mesh, task: tasks.Task, pair: Pair) -> Evaluator | None:

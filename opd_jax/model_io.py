@@ -5,10 +5,11 @@ import json
 import os
 import pathlib
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from opd_jax import checkpoint
+from opd_jax import checkpoint, files
 from opd_jax.data import tokenizer as tokenizer_lib
 from opd_jax.models import config as model_config_lib
 from opd_jax.models import hf, lora, peft, spec, transformer
@@ -69,18 +70,31 @@ def read_description(workdir: pathlib.Path) -> LoadedModel:
 def _open_run(workdir: pathlib.Path, mesh: Mesh | None, dtype) -> LoadedModel:
     model = read_description(workdir)
     if (workdir / "model" / peft.CONFIG).is_file():
-        base, adapter, lora_config = open_base_and_adapter(workdir, mesh=mesh, dtype=dtype)
-        return dataclasses.replace(model, params=lora.merge(base.params, adapter, lora_config))
+        base, adapter, lora_config = open_base_and_adapter(workdir, mesh=mesh)
+        wide = jax.tree.map(lambda x: x.astype(dtype or jnp.float32), base.params)  # 16 bits would round much of the update away
+        return dataclasses.replace(model, params=lora.merge(wide, adapter, lora_config))
     abstract = spec.abstract(transformer.param_specs(model.config), dtype or jnp.float32, mesh)
     return dataclasses.replace(model, params=checkpoint.restore_params(workdir / "checkpoints", abstract))
 
 
-def open_base_and_adapter(workdir: pathlib.Path, *, mesh: Mesh | None = None, dtype=None) -> tuple[LoadedModel, dict, LoraConfig]:
-    """(base, newest adapter, its configuration) of a run that trained an adapter. Raises UserError."""
+def open_base_and_adapter(workdir: pathlib.Path, *, mesh: Mesh | None = None) -> tuple[LoadedModel, dict, LoraConfig]:
+    """(base in the type it was trained with, newest adapter, its configuration) of a run that trained an adapter.
+
+    Raises UserError, also for a base that is not the one that the run began with.
+    """
     lora_config, path = peft.read_config(workdir / "model")
-    base = open_model(path, mesh=mesh, dtype=dtype)
+    where = f"{workdir / 'model' / peft.CONFIG}: base_model_name_or_path = {path!r}"
+    remedy = "restore the base, or correct the path"
+    settings = files.read_json(workdir / "config.json", remedy="restore the file")
+    try:
+        base = open_model(path, mesh=mesh, dtype=jnp.dtype(settings["model"]["compute_dtype"]))
+    except UserError as error:
+        raise UserError(f"{where}: cannot be opened ({error}); {remedy}") from None
     abstract = spec.abstract(lora.param_specs(transformer.param_specs(base.config), lora_config), jnp.float32, mesh)
-    return base, checkpoint.restore_params(workdir / "checkpoints", abstract), lora_config
+    adapter, info = checkpoint.restore_params_and_info(workdir / "checkpoints", abstract)
+    if info.get("base_hash") != spec.content_hash(base.params):
+        raise UserError(f"{where}: its weights are not those that the run began with; {remedy}")
+    return base, adapter, lora_config
 
 
 def _open_adapter(folder: pathlib.Path, mesh: Mesh | None, dtype) -> LoadedModel:

@@ -41,7 +41,8 @@ def open_pair(config: Config, resumed_from: pathlib.Path | None, mesh: Mesh) -> 
         student = model_io.read_description(resumed_from)
     elif config.student.path:
         dtype = jnp.dtype(config.model.compute_dtype) if adapter else jnp.float32  # what is not trained needs no more than it computes with
-        student = dataclasses.replace(model_io.open_model(config.student.path, mesh=mesh, dtype=dtype), lora=adapter)
+        student = model_io.open_model(config.student.path, mesh=mesh, dtype=dtype)
+        student = dataclasses.replace(student, lora=adapter and _fitted(adapter, student, config.student.lora.targets))
     else:
         student = _random_student(config, mesh)
     teacher = None
@@ -66,9 +67,22 @@ def _lora_config(settings: config_lib.Lora) -> LoraConfig | None:
     return LoraConfig(settings.rank, settings.alpha, tuple(m for m in lora.MODULES if m in names))
 
 
+def _fitted(adapter: LoraConfig, student: LoadedModel, targets: str) -> LoraConfig:
+    """The adapter with the modules that the student has. Raises ConfigError for one that is named and not there."""
+    modules = lora.present(transformer.param_specs(student.config), adapter)
+    missing = [name for name in adapter.modules if name not in modules]
+    if missing and (targets != "all" or not modules):
+        raise ConfigError(
+            f"config field student.lora.targets = {targets!r}: the student has no {missing[0]} to adapt (experts are not adapted); "
+            f"valid: all, {', '.join(modules)}"
+        )
+    return dataclasses.replace(adapter, modules=modules)
+
+
 def _share_stops(*models: LoadedModel) -> tuple[LoadedModel, ...]:
-    """Models whose completions end at the stop token of any of them."""
-    ids = dict.fromkeys(i for model in models for i in model.tokenizer.eos_ids)
+    """Models whose completions end at the stop token of any of them. Ids beyond the student's are left out: they are never drawn."""
+    known = models[0].tokenizer.vocab_size
+    ids = dict.fromkeys(i for model in models for i in model.tokenizer.eos_ids if i < known)
     return tuple(dataclasses.replace(model, tokenizer=model.tokenizer.stopping_at(ids)) for model in models)
 
 

@@ -1,10 +1,6 @@
-"""The teacher: the rows of its vocabulary that count, and the hash by which a resumed run recognises it."""
+"""The teacher: the rows of its vocabulary that count."""
 
 import dataclasses
-import hashlib
-
-import jax
-import numpy as np
 
 from opd_jax.data import tokenizer as tokenizer_lib
 from opd_jax.model_io import LoadedModel
@@ -19,13 +15,3 @@ def mask_padding(model: LoadedModel, tokenizer: tokenizer_lib.Tokenizer, *, fiel
             f"{field}: the model has {rows} vocabulary rows, its tokenizer {ids} ids; give a model and tokenizer that belong together"
         )
     return dataclasses.replace(model, config=dataclasses.replace(model.config, valid_vocab_size=ids))
-
-
-def content_hash(params: dict) -> str:
-    """Hex digest of names, shapes and bytes of a parameter tree, the same for any sharding."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        array = np.asarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()

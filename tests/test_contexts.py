@@ -1,6 +1,7 @@
 """Chat templates, separate for student and teacher; the check that both mean the same by every id; what a run does with them."""
 
 import json
+import os
 
 import jax
 import models
@@ -9,9 +10,10 @@ import pytest
 import transformers
 
 from opd_jax import config as config_lib
-from opd_jax import metrics, model_io, score, train
+from opd_jax import metrics, model_io, pair, score, train
 from opd_jax.data import contexts, pipeline, tasks
 from opd_jax.data import tokenizer as lib
+from opd_jax.model_io import LoadedModel
 from opd_jax.models import hf
 from opd_jax.types import Prompts, Rollout, UserError
 
@@ -75,9 +77,17 @@ def test_a_template_cannot_reach_python(file):
 def test_templates_that_are_missing_are_named(tmp_path):
     with pytest.raises(UserError, match="context.student.template = 'chat': the model's tokenizer has no chat template"):
         reader("chat")
-    for path in (tmp_path / "none", tmp_path):
-        with pytest.raises(UserError, match="is neither 'none' nor 'chat' nor a UTF-8 file"):
-            reader(str(path))
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "latin").write_bytes(b"\xe9")
+    for path, why in (("none", "No such file"), (".", "Is a directory"), ("pipe", "a pipe or a device"), ("latin", "not UTF-8")):
+        with pytest.raises(
+            UserError, match=f"context.student.template = .*: cannot be read .*{why}.*; give 'none', 'chat' or a UTF-8 file"
+        ):
+            reader(str(tmp_path / path))
+
+
+def test_a_template_has_no_clock(file):
+    assert reader(file("{{ strftime_now('%d %b %Y') }} {{ messages[-1].content }}")).render("a") == "26 Jul 2024 a"
 
 
 @pytest.mark.parametrize(
@@ -242,6 +252,17 @@ def test_a_prompt_beyond_the_teachers_context_is_refused_before_anything_is_writ
 
 
 @pytest.mark.slow
+def test_a_template_that_changed_is_refused_on_resume(tmp_path, file):
+    c = run_config(tmp_path, **{"context.student.template": file(QUESTION), "eval.prompts": 0})
+    list(train.run(c, tmp_path / "run"))
+    c.steps, before = 2, (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    file(SAME)
+    with pytest.raises(UserError, match="context.student.template = .* is not what this run began with; restore it"):
+        list(train.run(c, tmp_path / "run"))
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.slow
 def test_union_stops_where_either_model_would(tmp_path):
     c = run_config(tmp_path)
     c.teacher.path = model_folder(tmp_path / "other", 1, eos=tuple(range(97, 200)))
@@ -253,6 +274,13 @@ def test_union_stops_where_either_model_would(tmp_path):
         < records_of(run_config(tmp_path), tmp_path / "one")[1]["rollout/truncated_fraction"]
     )
     assert set(model_io.open_model(str(tmp_path / "union")).tokenizer.eos_ids) == {257, *range(97, 200)}
+
+
+def test_stop_ids_that_the_student_does_not_know_are_left_out(tmp_path):
+    """They are masked and never drawn; written down, they would make the run's own tokenizer unreadable."""
+    student = LoadedModel({}, models.tiny_config(), lib.byte())
+    teacher = LoadedModel({}, models.tiny_config(), special(tmp_path / "t", normalized=False).stopping_at([257, 259]))
+    assert [model.tokenizer.eos_ids for model in pair._share_stops(student, teacher)] == [(257,), (257,)]
 
 
 def test_prompts_of_both_have_the_same_rows_and_ids(file):
@@ -327,7 +355,6 @@ def test_real_tokenizers_fit_themselves_and_not_each_other(gpt2, deepseek, tmp_p
 def test_padding_rows_of_a_real_vocabulary_are_never_drawn(deepseek):
     """DeepSeek's models have 129,280 rows for 128,815 ids: the rest has no mass, however large its logits."""
     from opd_jax import teachers
-    from opd_jax.model_io import LoadedModel
     from opd_jax.models import transformer
 
     params, config = models.tiny_model(vocab_size=129280, num_hidden_layers=1)

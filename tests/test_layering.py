@@ -34,6 +34,7 @@ trackers
 evaluate
 machine
 samples
+workdir
 job
 recorder
 train

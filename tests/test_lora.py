@@ -16,7 +16,7 @@ import pytest
 import transformers
 from test_learner import make_case, make_objective
 
-from opd_jax import checkpoint, learner, metrics, model_io, parallel, score, teachers, train
+from opd_jax import checkpoint, learner, metrics, model_io, parallel, score, train
 from opd_jax import config as config_lib
 from opd_jax.data import tokenizer
 from opd_jax.models import hf, lora, peft, spec, transformer
@@ -229,8 +229,8 @@ def test_a_run_trains_the_adapter_alone_and_resumes_bit_for_bit(folders, tmp_pat
     list(train.run(lora_config(folders, steps=2), tmp_path / "parts"))
     list(train.run(lora_config(folders), tmp_path / "parts"))
     whole, parts = (model_io.open_base_and_adapter(tmp_path / name) for name in ("whole", "parts"))
-    assert teachers.content_hash(whole[1]) == teachers.content_hash(parts[1])
-    assert teachers.content_hash(whole[0].params) == teachers.content_hash(hf.load(folders / "student")[0])
+    assert spec.content_hash(whole[1]) == spec.content_hash(parts[1])
+    assert spec.content_hash(whole[0].params) == spec.content_hash(hf.load(folders / "student")[0])
     assert all(float(abs(pair["b"]).max()) > 0 for pair in whole[1]["layers"]["0"]["attention"].values())
     saved = (tmp_path / "whole" / "checkpoints" / "4" / "state" / "_METADATA").read_text()
     assert "attention" in saved and "embed" not in saved  # neither the base nor moments of it
@@ -294,6 +294,50 @@ def test_another_base_is_refused_on_resume(folders, tmp_path):
     with pytest.raises(UserError, match="student.path = .*: its weights are not those this run began with"):
         list(train.run(lora_config(folders, **{"student.path": str(base)}), tmp_path / "run"))
     assert checkpoint.newest_step(tmp_path / "run" / "checkpoints") == 2
+
+
+@pytest.mark.slow
+def test_an_adapter_is_not_merged_into_another_base(folders, tmp_path):
+    base = tmp_path / "base"
+    params, config = models.tiny_model(0, vocab_size=259, num_hidden_layers=1)
+    hf.save(base, params, config, tokenizer.byte())
+    list(train.run(lora_config(folders, **{"student.path": str(base), "steps": 1}), tmp_path / "run"))
+    model_io.open_model(str(tmp_path / "run"))
+    hf.save(base, models.tiny_model(5, vocab_size=259, num_hidden_layers=1)[0], config, tokenizer.byte())
+    with pytest.raises(
+        UserError, match="base_model_name_or_path = .*: its weights are not those that the run began with; restore the base"
+    ):
+        model_io.open_model(str(tmp_path / "run"))
+    base.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="base_model_name_or_path = .*: cannot be opened .*; restore the base, or correct the path"):
+        model_io.open_model(str(tmp_path / "run"))
+
+
+@pytest.mark.slow
+def test_a_base_of_16_bits_is_merged_in_32(folders, tmp_path):
+    """In 16 bits most of a small update would be rounded away."""
+    base = tmp_path / "base"
+    params, config = models.tiny_model(0, vocab_size=259, num_hidden_layers=1)
+    hf.save(base, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params), config, tokenizer.byte())
+    list(train.run(lora_config(folders, **{"student.path": str(base), "steps": 1, "model.compute_dtype": "bfloat16"}), tmp_path / "run"))
+    opened, adapter, lora_settings = model_io.open_base_and_adapter(tmp_path / "run")
+    assert {leaf.dtype for leaf in jax.tree.leaves(opened.params)} == {jnp.dtype("bfloat16")}
+    expected = lora.merge(jax.tree.map(lambda x: x.astype(jnp.float32), opened.params), adapter, lora_settings)
+    for a, b in zip(*map(jax.tree.leaves, (model_io.open_model(str(tmp_path / "run")).params, expected)), strict=True):
+        assert a.dtype == jnp.float32 and (a == b).all()
+
+
+@pytest.mark.slow
+def test_experts_are_not_adapted_and_asking_for_them_is_refused(folders, tmp_path):
+    moe = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "head_dim": 8}
+    params, config = models.tiny_model(0, vocab_size=259, **moe)
+    hf.save(tmp_path / "moe", params, config, tokenizer.byte())
+    c = lora_config(folders, **{"student.path": str(tmp_path / "moe")})
+    opened = open_pair(config_lib.parse(c), None, parallel.make_mesh()).student
+    assert opened.lora.modules == ("q_proj", "k_proj", "v_proj", "o_proj")
+    c.student.lora.targets = "q_proj,up_proj"
+    with pytest.raises(UserError, match="student.lora.targets = 'q_proj,up_proj': the student has no up_proj to adapt"):
+        open_pair(config_lib.parse(c), None, parallel.make_mesh())
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,17 @@ def test_log_probs_of_a_sample_are_those_of_scoring(gpt2):
     np.testing.assert_allclose(sampled.logp_BT, score.logprobs(params, model, prompts, sampled), rtol=1e-4, atol=1e-4)
 
 
+def test_annotations_of_a_module_are_its_log_probs(gpt2):
+    _, params, model = gpt2
+    prompts, one = (
+        models.ragged_prompts(np.random.default_rng(0), vocab_size=43),
+        models.ragged_rollout(np.random.default_rng(1), vocab_size=43),
+    )
+    annotation = score.annotate(params, model, prompts, one, k=5)
+    np.testing.assert_allclose(annotation.logp_BT, score.logprobs(params, model, prompts, one), rtol=1e-5, atol=1e-5)
+    assert annotation.top_ids_BTK.shape == (8, 7, 5)
+
+
 def test_a_prompt_beyond_the_modules_context_is_refused(gpt2):
     _, params, model = gpt2
     prompts = models.ragged_prompts(np.random.default_rng(0), vocab_size=43)

@@ -41,7 +41,7 @@ def test_a_run_directory_opens_as_its_newest_student_on_any_mesh(tmp_path):
     list(train.run(c, tmp_path / "run"))
     one = model_io.open_model(str(tmp_path / "run"))
     eight = model_io.open_model(str(tmp_path / "run"), mesh=parallel.make_mesh(1, 4, 2), dtype=jnp.float32)
-    assert teachers.content_hash(one.params) == teachers.content_hash(eight.params)
+    assert spec.content_hash(one.params) == spec.content_hash(eight.params)
     assert len(eight.params["embed"].sharding.device_set) == 8
 
 
@@ -93,13 +93,13 @@ def test_padding_rows_are_masked_and_missing_rows_refused():
 
 def test_the_content_hash_sees_a_bit_and_no_sharding():
     params, config = models.tiny_model()
-    digest = teachers.content_hash(params)
+    digest = spec.content_hash(params)
     spread = jax.device_put(params, spec.shardings(transformer.param_specs(config), parallel.make_mesh(2, 2, 2)))
-    assert teachers.content_hash(spread) == digest
+    assert spec.content_hash(spread) == digest
     changed = params | {"final_norm": params["final_norm"].at[3].add(1e-7 * 2)}
-    assert teachers.content_hash(changed) != digest
-    assert teachers.content_hash(params | {"other": params["final_norm"]}) != digest
-    assert teachers.content_hash(jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)) != digest
+    assert spec.content_hash(changed) != digest
+    assert spec.content_hash(params | {"other": params["final_norm"]}) != digest
+    assert spec.content_hash(jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)) != digest
 
 
 def test_padded_teacher_and_student_of_different_sizes_distil(tmp_path):

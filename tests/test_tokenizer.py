@@ -1,6 +1,7 @@
 """The byte tokenizer, stop ids and bos of Hugging Face folders, saving, and the check that two tokenizers mean the same."""
 
 import json
+import shutil
 
 import pytest
 import tokenizers
@@ -9,6 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from opd_jax.data import tokenizer as lib
+from opd_jax.models import families
 from opd_jax.types import UserError
 
 
@@ -102,6 +104,30 @@ def test_a_hub_id_reads_the_files_of_its_snapshot(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, allow_patterns: folder)
     tokenizer = lib.load("owner/name")
     assert tokenizer.eos_ids == (1, 5) and tokenizer.adds_bos
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_tokenizer_json_alone_decides_whatever_the_model_beside_it(family, tmp_path, request):
+    """transformers takes another class, with rules of its own, where config.json names a model_type that has one."""
+    lib.byte().save(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    ours, core = lib.load(str(tmp_path)), tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert ours.vocab_size == lib.byte().vocab_size
+    for text in ("1234567", "e\u0301", "a\n\n b", *lib.PROBES):
+        assert ours.encode(text) == core.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.shared
+def test_a_real_tokenizer_beside_a_qwen_is_still_itself(shared_data, tmp_path):
+    """The layout of DeepSeek-R1-Distill-Qwen."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(shared_data / "tokenizers" / "deepseek_r1" / name, tmp_path / name)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    ours, core = lib.load(str(tmp_path)), tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in ("1234567", "e\u0301", *lib.PROBES):
+        assert ours.encode(text) == core.encode(text, add_special_tokens=False).ids
+    ours.save(tmp_path / "again")
+    assert lib.load(str(tmp_path / "again")).fingerprint() == ours.fingerprint()
 
 
 def test_compatible_tokenizers_pass_and_padded_vocabularies_are_not_compared(tmp_path):

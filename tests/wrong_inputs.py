@@ -179,7 +179,7 @@ HOSTILE_RUN = {
         f"{NO_ENTRY} (2: state/_METADATA is damaged; 1: state/_METADATA is damaged); {OTHER_RUN}",
     ),
     "information of another kind": (
-        signed_info('{"teacher_hash": "", "data_hash": "", "tokens_total": "x"}'),
+        signed_info('{"base_hash": "", "teacher_hash": "", "data_hash": "", "prompts_hash": "", "tokens_total": "x"}'),
         "ROOM/run/checkpoints/2: info.json has tokens_total = 'x'; restore it, or give another --workdir",
     ),
     "a checkpoint under another name": (

@@ -27,7 +27,7 @@ class Architecture:
 class Lora:
     rank: int = 0  # of the update W + alpha / rank * B A that is trained in place of the weights; 0: all weights are trained
     alpha: float = 32.0  # scale of the update, divided by the rank
-    targets: str = "all"  # projections that are adapted: all, or some of q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj
+    targets: str = "all"  # all projections but experts, or some of q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,14 +1,18 @@
 """What a model reads before a completion: the task's prompt as it is, or inside a chat template. Student and teacher have one each."""
 
 import dataclasses
+import hashlib
+import json
 import pathlib
 
 from opd_jax import config as config_lib
+from opd_jax import files
 from opd_jax.config import ConfigError
 from opd_jax.data import tokenizer as tokenizer_lib
 from opd_jax.data.tokenizer import Tokenizer
 
 PLAIN, CHAT, AS_STUDENT = "none", "chat", "student"
+MAX_TEMPLATE_BYTES = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +38,12 @@ class Reader:
         except Exception as error:  # a template is a program, and may raise what it likes
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(f"a chat template cannot be rendered ({reason}); correct it, or give another template") from None
+
+    @property
+    def digest(self) -> str:
+        """Of everything that turns a prompt into ids."""
+        facts = [self.tokenizer.fingerprint(), self.template, self.system, self.variables]
+        return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """Ids of the prompt. A template spells its special tokens itself, so none is put before it."""
@@ -82,12 +92,12 @@ def _template(name: str, tokenizer: Tokenizer, field: str) -> str | None:
                 f"config field {field}.template = 'chat': the model's tokenizer has no chat template; give a file with one, or 'none'"
             )
         return tokenizer.chat_template
+    where, remedy = f"config field {field}.template = {name!r}", "give 'none', 'chat' or a UTF-8 file with a Jinja chat template"
+    files.check_regular(name, where=where, remedy=remedy, limit=MAX_TEMPLATE_BYTES)
     try:
         return pathlib.Path(name).read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        raise ConfigError(
-            f"config field {field}.template = {name!r} is neither 'none' nor 'chat' nor a UTF-8 file with a Jinja chat template; give one"
-        ) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{where}: cannot be read ({files.reason(error)}); {remedy}") from None
 
 
 def check_compatible(student: Reader, teacher: Reader) -> None:

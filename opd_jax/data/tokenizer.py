@@ -1,5 +1,6 @@
 """Tokenizers: Hugging Face folders, and a byte tokenizer that is itself one. Text in, ids out, and back."""
 
+import datetime
 import functools
 import hashlib
 import json
@@ -67,7 +68,11 @@ class Tokenizer:
         return template.get("default") if isinstance(template, dict) else template
 
     def render_chat(self, messages: list[dict[str, str]], template: str, **variables) -> str:
-        """The text of a conversation up to where the assistant's answer begins. transformers renders it in Jinja's sandbox."""
+        """The text of a conversation up to where the assistant's answer begins. transformers renders it in Jinja's sandbox.
+
+        A template that asks for the date gets 26 Jul 2024, the one that Llama 3's has without a clock: prompts must not change overnight.
+        """
+        variables["strftime_now"] = datetime.datetime(2024, 7, 26).strftime
         return self._fast.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True, **variables)
 
     def special_tokens(self) -> list[str]:
@@ -189,7 +194,10 @@ def load(path_or_repo: str) -> Tokenizer:
     for path in (folder / name for name in _READ if os.path.lexists(folder / name)):
         files.check_regular(path, where=str(path), remedy=_REMEDY, limit=files.MAX_JSON_BYTES)
     try:
-        if _is_bare_gpt2(folder):
+        # AutoTokenizer would take the class that config.json's model_type suggests, whose rules go before those of tokenizer.json.
+        if (folder / "tokenizer.json").is_file():
+            fast = transformers.PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
+        elif _is_bare_gpt2(folder):
             fast = transformers.GPT2TokenizerFast.from_pretrained(folder)
         else:
             fast = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -19,6 +19,7 @@ class Model(Protocol):
     vocab_size: int
     max_position_embeddings: int  # tokens
     pad_token_id: int | None
+    valid_vocab_size: int | None  # rows from here on are padding
 
     def hidden(self, params: Any, view: types.View) -> Head | DenseHead: ...
 

@@ -179,7 +179,7 @@ def _check_names(folder: pathlib.Path, config: ModelConfig, specs: dict, files: 
         unused.remove("lm_head.weight")
     if unused:
         raise UserError(
-            f"folder {folder}: tensor {_first(sorted(unused))} in the weights is not used by the model of config.json; correct either"
+            f"folder {folder}: tensor {_first(sorted(unused))} in the weights is not used by the model of config.json; correct one of them"
         )
 
 

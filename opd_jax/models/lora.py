@@ -55,6 +55,13 @@ def param_specs(base_specs: dict, config: LoraConfig) -> dict:
     return traverse_util.unflatten_dict(specs, sep="/")
 
 
+def present(base_specs: dict, config: LoraConfig) -> tuple[str, ...]:
+    """The modules of `config` that the base has; the experts of a mixture are not among them."""
+    paths = traverse_util.flatten_dict(base_specs, sep="/")
+    found = {TARGETS[path.split("/", 2)[-1]][0] for path in paths if _inputs(path, config)}
+    return tuple(module for module in config.modules if module in found)
+
+
 def attach(base: dict, adapter: dict, config: LoraConfig) -> dict:
     """The base with its targets replaced by Adapted; the arrays are those of the base, not copies."""
     merged = traverse_util.flatten_dict(base, sep="/")

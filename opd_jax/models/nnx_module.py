@@ -32,6 +32,7 @@ class ModuleModel:
     vocab_size: int
     max_position_embeddings: int  # tokens
     pad_token_id: int | None = None
+    valid_vocab_size: None = None  # every logit is of a token
 
     def hidden(self, params: dict, view: types.View) -> DenseHead:
         tokens_BL = jnp.concatenate([view.prompt_BS, view.completion_BT], axis=1)[:, :-1]

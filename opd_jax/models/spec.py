@@ -1,11 +1,13 @@
 """Parameters described before they exist: one tree of ParamSpec gives shapes, shardings and initial values."""
 
 import dataclasses
+import hashlib
 import zlib
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from opd_jax import parallel
@@ -57,3 +59,13 @@ def init(key: jax.Array, specs: dict, dtype=jnp.float32, mesh: Mesh | None = Non
 def count(specs: dict) -> int:
     """How many numbers the parameters hold."""
     return sum(leaf.size for leaf in jax.tree.leaves(abstract(specs, jnp.float32)))
+
+
+def content_hash(params: dict) -> str:
+    """Hex digest of names, shapes and bytes of a parameter tree, the same for any sharding."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
