@@ -38,6 +38,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--out={OUT.value}: is a folder; give a file")
     if not parsed.eval.prompts:
         raise UserError("config field eval.prompts = 0 leaves nothing to evaluate; give --config.eval.prompts=N")
+    if not (parsed.teacher.path or parsed.teacher.recipe):
+        progress.phase("no teacher is configured: the KL is left out; --config.teacher.path=DIR adds it")
     task = tasks.from_config(parsed)
     mesh = parallel.make_mesh(parsed.mesh.data, parsed.mesh.fsdp, parsed.mesh.tensor)
     parsed = job.run_recipes(parsed, functools.partial(train.make_model, progress=progress))

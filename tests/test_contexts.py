@@ -59,7 +59,8 @@ def test_the_thinking_switch_reaches_the_template(thinking, ending, file):
     [
         (None, {"thinking": "on"}, r"context.student.thinking = 'on': .* has no switch enable_thinking"),
         ("{{ messages[-1].content }}", {"system": "Hello"}, r"context.student.system = 'Hello': the chat template leaves it out"),
-        ("{% if %}", {"system": "a"}, r"a chat template cannot be rendered \(.*\); correct it"),
+        ("hello", {}, r"context.student.template = .*: the prompt is not in what it renders"),
+        ("{% if %}", {}, r"context.student.template = .*: the chat template cannot be rendered \(.*\); correct it"),
         ("{{ raise_exception('no') }}", {"system": "a"}, r"cannot be rendered \(no\)"),
     ],
 )

@@ -131,6 +131,10 @@ def test_code_beside_a_tokenizer_is_never_run(room, monkeypatch):
     settings = {"auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}, "tokenizer_class": "T"}
     (room / "model" / "tokenizer_config.json").write_text(json.dumps(settings))
     before = hostile.contents(room)
+    with hostile.bounded():
+        assert open_model(room).tokenizer.encode("ab") == [97, 98]
+    (room / "model" / "tokenizer.json").rename(room / "elsewhere")  # without it the class that is named would be needed
+    before = hostile.contents(room)
     with hostile.bounded(), pytest.raises(UserError, match="^tokenizer .*/model: cannot be loaded .*; give a folder with tokenizer.json$"):
         open_model(room)
     assert hostile.contents(room) == before
@@ -175,10 +179,13 @@ def unsafe(source: str) -> list[str]:
 
 
 def test_nothing_is_unpickled_or_evaluated():
-    """The one exception is named: a recipe is a config file that the user gives on the command line."""
+    """The exceptions are named: a recipe is a config file that the user names on the command line, a sandbox is there to run programs."""
     sources = [path for folder in ("opd_jax", "experiments", "configs") for path in sorted((ROOT / folder).rglob("*.py"))]
     found = {path.relative_to(ROOT).as_posix(): unsafe(path.read_text()) for path in sources}
-    assert {path: names for path, names in found.items() if names} == {"opd_jax/train.py": ["spec.loader.exec_module"]}
+    assert {path: names for path, names in found.items() if names} == {
+        "opd_jax/train.py": ["spec.loader.exec_module"],
+        "opd_jax/environments/inside.py": ["exec", "compile"],
+    }
     wrong = "import pickle as p\nfrom dill import load\neval('1')\nnp.load(f, allow_pickle=True)\ntorch.load(f)\nx(trust_remote_code=yes)"
     assert sorted(unsafe(wrong)) == ["allow_pickle", "dill", "eval", "pickle", "torch.load", "trust_remote_code"]
 

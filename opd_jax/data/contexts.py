@@ -13,6 +13,7 @@ from opd_jax.data.tokenizer import Tokenizer
 
 PLAIN, CHAT, AS_STUDENT = "none", "chat", "student"
 MAX_TEMPLATE_BYTES = 2**20
+_PROBE = "What is 17 + 25?"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Reader:
             return self.tokenizer.render_chat([*messages, {"role": "user", "content": prompt}], self.template, **dict(self.variables))
         except Exception as error:  # a template is a program, and may raise what it likes
             reason = " ".join(str(error).split())[:200]
-            raise ConfigError(f"a chat template cannot be rendered ({reason}); correct it, or give another template") from None
+            raise ConfigError(f"the chat template cannot be rendered ({reason}); correct it, or give another template") from None
 
     @property
     def digest(self) -> str:
@@ -76,7 +77,15 @@ def make_reader(settings: config_lib.Reader, tokenizer: Tokenizer, field: str) -
         )
     variables = (("enable_thinking", settings.thinking == "on"),) if settings.thinking else ()
     reader = Reader(tokenizer, template, settings.system, variables)
-    if settings.system and settings.system not in reader.render("a"):
+    try:
+        rendered = reader.render(_PROBE)
+    except ConfigError as error:
+        raise ConfigError(f"config field {field}.template = {settings.template!r}: {error}") from None
+    if _PROBE not in rendered:
+        raise ConfigError(
+            f"config field {field}.template = {settings.template!r}: the prompt is not in what it renders; correct the template"
+        )
+    if settings.system and settings.system not in rendered:
         raise ConfigError(
             f"config field {field}.system = {settings.system[:40]!r}: the chat template leaves it out; put it into the task's prompts"
         )

@@ -1,6 +1,5 @@
 """Tokenizers: Hugging Face folders, and a byte tokenizer that is itself one. Text in, ids out, and back."""
 
-import datetime
 import functools
 import hashlib
 import json
@@ -28,6 +27,8 @@ _READ = (
     *("chat_template.jinja", "chat_template.json", "processor_config.json"),
 )
 _MAX_VOCABULARY = 2**22  # an embedding has a row for each id up to the highest
+# Before a chat template: its function of the clock, without one.
+_NO_CLOCK = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no UTF-8
 UTF8_TOKENS = 4  # a character has at most so many bytes, and a token at least one
 
@@ -72,8 +73,9 @@ class Tokenizer:
 
         A template that asks for the date gets 26 Jul 2024, the one that Llama 3's has without a clock: prompts must not change overnight.
         """
-        variables["strftime_now"] = datetime.datetime(2024, 7, 26).strftime
-        return self._fast.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True, **variables)
+        return self._fast.apply_chat_template(
+            messages, chat_template=_NO_CLOCK + template, tokenize=False, add_generation_prompt=True, **variables
+        )
 
     def special_tokens(self) -> list[str]:
         """Every token that is not made by splitting text: the special ones and those added to the vocabulary."""
