@@ -131,6 +131,13 @@ def test_files_and_functions_stay_readable():
                 assert node.end_lineno - node.lineno <= 60, f"{path}:{node.lineno} {node.name} is too long"
 
 
+def test_the_readme_names_every_module():
+    readme = (ROOT / "README.md").read_text()
+    rooms = [path for path in modules() if path.name != "__init__.py" and "tasks" not in path.parts]
+    assert [path.name for path in rooms if path.name not in readme] == []
+    assert [path.name for path in (ROOT / "experiments").glob("[a-z]*.py") if path.stem not in readme] == []
+
+
 def test_nothing_unfinished():
     pattern = re.compile(r"\bTODO\b|\bFIXME\b|\bXXX\b|raise " + "NotImplementedError")
     for path in [*modules(), *(ROOT / "experiments").glob("*.py"), *(ROOT / "configs").rglob("*.py")]:
