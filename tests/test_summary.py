@@ -46,6 +46,25 @@ def test_the_table_says_what_was_recorded(tmp_path):
     assert rows[2][2] == "0.50 [0.49, 0.51]" and rows[3][3] == "0.98"
 
 
+def test_small_numbers_keep_two_digits():
+    assert [summary.number(x) for x in (0.5, -0.5, 0.096, 0.0333, 0.004, 0.00042, -0.00042)] == [
+        *("0.50", "-0.50", "0.10", "0.033", "0.0040", "0.00042", "-0.00042")
+    ]
+    assert [summary.number(x) for x in (0, 1.5, 12345.678, 0.0000034, 1e-30)] == ["0.00", "1.50", "12345.68", "3.4e-06", "1e-30"]
+    assert summary.estimate((0.00042, 0.0001, 0.0123)) == "0.00042 [0.00010, 0.01230]"
+    assert summary.estimate((3e-6, 0, 0.5)) == "3e-06 [0, 0.5]" and summary.estimate((0, 0, 0.00012)) == "0.00 [0.00, 0.00012]"
+
+
+def test_a_change_below_the_thousandth_is_told_in_numbers_that_differ(tmp_path):
+    path = make(tmp_path / "a", loss=0.0004)
+    records = [{"step": r["step"], "train/loss": r["train/loss"]} for r in metrics.read(path / "metrics.jsonl")[1:]]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert "The loss fell from 0.00040 to 0.00013." in summary.sentences(groups(path))[0]
+    records[-1]["train/loss"] = 0.000401
+    (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert "The loss stayed at 0.00040." in summary.sentences(groups(path))[0]
+
+
 def test_students_that_began_elsewhere_have_rows_of_their_own(tmp_path):
     rows = summary.table(groups(make(tmp_path / "a"), make(tmp_path / "b", before=0.1)))
     assert [row[0] for row in rows[1:3]] == ["a, before", "b, before"]

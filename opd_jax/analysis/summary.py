@@ -1,5 +1,6 @@
 """What runs say in words and tables: sentences with numbers, before and after, configuration, environment and cost."""
 
+import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,9 +31,11 @@ Record = dict[str, Any]
 
 
 def number(value: float, like: float | None = None) -> str:
-    """Two decimals, three below 0.1 (of `like`, so that an interval is written as its value is)."""
-    like = value if like is None else like
-    return f"{value:.{3 if 0 < abs(like) < 0.095 else 2}f}"
+    """Two decimals, below 0.1 two digits that are not 0 (of `like`, so that an interval is written as its value is)."""
+    size = abs(like or value)
+    if 0 < size < 1e-4:
+        return f"{value:.2g}"
+    return f"{value:.{1 - math.floor(math.log10(size)) if 0 < size < 0.095 else 2}f}"
 
 
 def estimate(value: tuple[float, float | None, float | None] | None) -> str:
@@ -167,9 +170,9 @@ def _change(group: Group, name: str, words: str) -> str:
     if any(len(records) < 2 for records in kept):
         return ""
     first, last = (group.estimate(name, [records[i] for records in kept]) for i in (0, -1))
-    verb = "stayed at" if first[0] == last[0] else ("rose" if last[0] > first[0] else "fell")
-    if verb == "stayed at":
+    if number(first[0]) == number(last[0]):
         return f"{words} stayed at {estimate(last)}"
+    verb = "rose" if last[0] > first[0] else "fell"
     doubt = ", within the intervals" if _overlap(first, last) else ""
     return f"{words} {verb} from {estimate(first)} to {estimate(last)}{doubt}"
 
