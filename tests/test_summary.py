@@ -207,6 +207,72 @@ def test_groups_are_compared(tmp_path, other, words):
     assert words in told[-1] and (other == 0.9 or told[-1].startswith("a ends with the highest greedy accuracy, 0.90 [0.89, 0.91], then b"))
 
 
+def shorten(path, steps):
+    """Leaves the records up to this step: a run that goes on, or was stopped."""
+    kept = [record for record in metrics.read(path / "metrics.jsonl") if record["step"] <= steps]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
+    return path
+
+
+def evaluate(path, step, accuracy):
+    """Adds an evaluation in the middle of a run."""
+    records = metrics.read(path / "metrics.jsonl")
+    records[step] |= run_directories.evaluation(accuracy, 0.5)
+    (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_a_run_that_has_only_begun_ends_with_nothing(tmp_path):
+    begun = shorten(make(tmp_path / "b", before=0.95), 1)
+    found = groups(make(tmp_path / "a", accuracy=0.9), begun)
+    assert summary.sentences(found)[2:] == []
+    found = groups(make(tmp_path / "c", accuracy=0.9), make(tmp_path / "d", accuracy=0.5), begun)
+    *_, compared, left_out = summary.sentences(found)
+    assert compared.startswith("c ends with the highest greedy accuracy, 0.90 [0.89, 0.91], then d, 0.50")
+    assert left_out == "Not finished, and not compared: b (evaluated at update 0 of 3)."
+
+
+def test_runs_that_are_not_finished_are_compared_so_far_and_with_their_steps(tmp_path):
+    going = shorten(evaluate(make(tmp_path / "b"), 2, 0.95), 2)
+    found = groups(make(tmp_path / "a", accuracy=0.9), going)
+    assert summary.sentences(found)[-1] == (
+        "So far b has the highest greedy accuracy, 0.95 [0.94, 0.96] (update 2 of 3), then a, 0.90 [0.89, 0.91] (update 3 of 3); "
+        "their intervals do not overlap."
+    )
+    assert " So far, at update 2 of 3: greedy accuracy rose from 0.30 [0.29, 0.31] to 0.95" in summary.sentences(found)[1]
+    rows = summary.table(found)
+    assert [row[:2] for row in rows[2:4]] == [["a", "3"], ["b", "2 of 3"]] and rows[3][-2:] == ["1,000", "4 s"]
+
+
+def test_tokens_and_time_are_those_until_the_evaluation(tmp_path):
+    going = shorten(evaluate(make(tmp_path / "a", steps=9), 2, 0.5), 7)
+    (row,) = [row for row in summary.table(groups(going)) if row[0] == "a"]
+    assert row[1] == "2 of 9" and row[-2:] == ["1,000", "4 s"]
+
+
+def test_seeds_that_stopped_at_different_steps_stand_together_at_the_last_that_all_have(tmp_path):
+    paths = [evaluate(path, 2, 0.6 + i / 10) for i, path in enumerate(seeds(tmp_path, (0.9, 0.8)))]
+    shorten(paths[1], 2)
+    found = groups(*paths)
+    (row,) = [row for row in summary.table(found) if row[0].startswith("opd_seed")]
+    assert row[1] == "2 of 3" and row[2].startswith("0.65 [") and row[-2:] == ["1,000", "4 s"]
+    assert "So far, at update 2 of 3: greedy accuracy rose from 0.30 to 0.65 [" in summary.sentences(found)[0]
+    said = "Seeds that stopped at different updates stand at the last one that all of them evaluated."
+    assert said in summary.caption(found) and said not in summary.caption(groups(*seeds(tmp_path / "whole")))
+    shorten(paths[1], 0)
+    assert [row[0] for row in summary.table(groups(*paths))] == ["student", "before training"]
+    (paths[1] / "metrics.jsonl").write_text("")
+    assert len(summary.table(groups(*paths))) == 1 and "rose" not in summary.sentences(groups(*paths))[0]
+
+
+def test_losses_of_seeds_are_told_at_updates_that_all_have(tmp_path):
+    paths = seeds(tmp_path, (0.9, 0.8))
+    for path, steps in zip(paths, (3, 2), strict=True):
+        records = [{k: v for k, v in r.items() if k in ("step", "train/loss")} for r in metrics.read(path / "metrics.jsonl")[1:]]
+        (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records[:steps]))
+    assert "So far, at update 2 of 3: the loss fell from 1.00 to 0.50 (means of 2 seeds" in summary.sentences(groups(*paths))[0]
+
+
 def test_of_divergences_the_lowest_is_best(tmp_path):
     paths = [make(tmp_path / "near", accuracy=0.5), make(tmp_path / "far")]
     for path, kl in zip(paths, (0.1, 0.7), strict=True):

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,9 +35,10 @@ class Run:
     def step(self) -> int:
         return self.records[-1]["step"] if self.records else 0
 
-    def last(self, name: str) -> Any:
-        """The newest value of a metric, or None."""
-        return next((record[name] for record in reversed(self.records) if name in record), None)
+    def last(self, name: str, until: int | None = None) -> Any:
+        """The newest value of a metric (at this step or before it), or None."""
+        kept = (record for record in reversed(self.records) if until is None or record["step"] <= until)
+        return next((record[name] for record in kept if name in record), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,11 @@ class Group:
     @property
     def seeds(self) -> list[int]:
         return sorted(run.config["seed"] for run in self.runs)
+
+    def common(self, names: Iterable[str] = EVALUATED) -> dict[int, list[dict[str, Any]]]:
+        """{step: a record of each run} for the steps at which every run has one of these metrics, the first one first."""
+        tables = [{record["step"]: record for record in run.records if any(name in record for name in names)} for run in self.runs]
+        return {step: [table[step] for table in tables] for step in sorted(set.intersection(*map(set, tables)))}
 
     def estimate(self, name: str, records: Sequence[dict[str, Any] | None]) -> tuple[float, float | None, float | None] | None:
         """(value, low, high) of a metric in one record per run: a run's own interval, or Student's t over seeds. None if one lacks it."""

@@ -59,34 +59,42 @@ def table(groups: Sequence[Group]) -> list[list[str]]:
     before: dict[tuple, list[str]] = {}
     after, teacher = [], []
     for group in groups:
-        if not all(run.evaluations for run in group.runs):
+        evaluated = group.common()
+        if not evaluated:
             continue
-        first, last = _ends(group)
-        if all(record["step"] == 0 for record in first):
-            before.setdefault(tuple(estimate(group.estimate(name, first)) for name in columns), []).append(group.name)
-        if all(record["step"] > 0 for record in last):
-            after.append([group.name, _one_or_range([r["step"] for r in last]), *_cells(group, last, columns), *_used(group)])
+        start, end = min(evaluated), max(evaluated)
+        last = evaluated[end]
+        if start == 0:
+            before.setdefault(tuple(_cells(group, evaluated[0], columns)), []).append(group.name)
+        if end > 0:
+            after.append([group.name, _updates(group, end), *_cells(group, last, columns), *_used(group, end)])
         teacher += [record["eval/teacher_sampled_accuracy"] for record in last if "eval/teacher_sampled_accuracy" in record]
-    start = [["before training" if len(before) == 1 else ", ".join(n) + ", before", "0", *c, "", ""] for c, n in before.items()]
+    begin = [["before training" if len(before) == 1 else ", ".join(n) + ", before", "0", *c, "", ""] for c, n in before.items()]
     cells = [number(_mean(teacher)) if name == "eval/sampled_accuracy" and teacher else "" for name in columns]
-    end = [["teacher", "", *cells, "", ""]] if teacher else []
-    return [["student", "updates", *(COLUMNS[name] for name in columns), "tokens", "time"], *start, *after, *end]
-
-
-def _ends(group: Group) -> tuple[list[Record], list[Record]]:
-    return [run.evaluations[0] for run in group.runs], [run.evaluations[-1] for run in group.runs]
+    taught = [["teacher", "", *cells, "", ""]] if teacher else []
+    return [["student", "updates", *(COLUMNS[name] for name in columns), "tokens", "time"], *begin, *after, *taught]
 
 
 def _cells(group: Group, records: Sequence[Record], columns: Sequence[str]) -> list[str]:
     return [estimate(group.estimate(name, records)) for name in columns]
 
 
-def _used(group: Group) -> list[str]:
-    return [f"{_mean([run.last('rollout/tokens_total') or 0 for run in group.runs]):,.0f}", f"{_seconds(group):.0f} s"]
+def _used(group: Group, until: int) -> list[str]:
+    return [f"{_mean_of(group, 'rollout/tokens_total', until):,.0f}", f"{_mean_of(group, 'time/total_seconds', until):.0f} s"]
 
 
-def _seconds(group: Group) -> float:
-    return _mean([run.last("time/total_seconds") or 0.0 for run in group.runs])
+def _mean_of(group: Group, name: str, until: int | None = None) -> float:
+    values = [run.last(name, until) or 0 for run in group.runs]
+    return sum(values) / len(values)
+
+
+def _updates(group: Group, step: int) -> str:
+    """`3`, or `2 of 3` where that is not the end."""
+    return str(step) if step >= group.config["steps"] else _of(group, step)
+
+
+def _of(group: Group, step: int) -> str:
+    return f"{step} of {group.config['steps']}"
 
 
 def _one_or_range(values: Sequence[int]) -> str:
@@ -106,6 +114,8 @@ def caption(groups: Sequence[Group]) -> str:
     if several:
         counts = _either(sorted({len(group.runs) for group in groups if len(group.runs) > 1}))
         text += f"Rows of several seeds: means, in brackets 95% t-intervals over the {counts} seeds; tokens and time are means. "
+        if any(len({run.evaluations[-1]["step"] for run in group.runs}) > 1 for group in groups if group.common()):
+            text += "Seeds that stopped at different updates stand at the last one that all of them evaluated. "
     text += f"All but greedy accuracy: samples at temperature 1, {_either(samples)} per prompt. KL to the teacher and entropy: nats per "
     text += "token. Tokens: completion tokens in the loss. Time: training, without evaluations."
     trained_on = sorted({run.config["task.train_size"] for run in runs})
@@ -155,21 +165,23 @@ def _model(config: dict[str, Any], block: str) -> str:
 
 
 def _changes(group: Group) -> str:
-    spoken = SPOKEN if all(len(run.evaluations) > 1 for run in group.runs) else SPOKEN_OF_TRAINING
+    spoken = SPOKEN if len(group.common()) > 1 else SPOKEN_OF_TRAINING
     told = [text for name, words in spoken.items() if (text := _change(group, name, words))]
     if not told:
         return ""
     over = f" (means of {len(group.runs)} seeds, 95% t-intervals)" if len(group.runs) > 1 else ""
-    text = f"{'; '.join(told)}{over}."
+    text, end = f"{'; '.join(told)}{over}.", max(group.common(spoken))
+    if end < group.config["steps"]:
+        return f"So far, at update {_of(group, end)}: {text}"
     return text[0].upper() + text[1:]
 
 
 def _change(group: Group, name: str, words: str) -> str:
-    """`words rose from a [..] to b [..]`; nothing where a run lacks two values."""
-    kept = [[record for record in run.records if name in record] for run in group.runs]
-    if any(len(records) < 2 for records in kept):
+    """`words rose from a [..] to b [..]`; nothing without two steps at which all runs have a value."""
+    records = list(group.common([name]).values())
+    if len(records) < 2:
         return ""
-    first, last = (group.estimate(name, [records[i] for records in kept]) for i in (0, -1))
+    first, last = (group.estimate(name, records[i]) for i in (0, -1))
     if number(first[0]) == number(last[0]):
         return f"{words} stayed at {estimate(last)}"
     verb = "rose" if last[0] > first[0] else "fell"
@@ -182,7 +194,7 @@ def _overlap(a, b) -> bool:
 
 
 def _cost(group: Group) -> str:
-    seconds, tokens = _seconds(group), _mean([run.last("rollout/tokens_total") or 0 for run in group.runs])
+    seconds, tokens = (_mean_of(group, name) for name in ("time/total_seconds", "rollout/tokens_total"))
     if not seconds:
         return ""
     each = " each" if len(group.runs) > 1 else ""
@@ -199,21 +211,37 @@ def _device(session: Record) -> str:
 
 
 def _comparison(groups: Sequence[Group]) -> list[str]:
-    """Which group ends best in the first metric that all have, and whether the next one's interval is apart from its own."""
-    complete = [group for group in groups if all(run.evaluations for run in group.runs)]
-    if len(complete) < 2:
+    """How the groups that are finished compare, or, unless two are, those that have begun; and which evaluated ones are left out."""
+    last = [(group, max(evaluated), evaluated[max(evaluated)]) for group in groups if (evaluated := group.common())]
+    done = [step >= group.config["steps"] for group, step, _ in last]
+    finished = sum(done) > 1
+    among = done if finished else [step > 0 for _, step, _ in last]
+    if sum(among) < 2:
         return []
+    left_out = [
+        f"{group.name} (evaluated at update {_of(group, step)})" for (group, step, _), here in zip(last, among, strict=True) if not here
+    ]
+    told = _best([one for one, here in zip(last, among, strict=True) if here], finished)
+    return [*told, *([f"Not finished, and not compared: {', '.join(left_out)}."] if left_out and told else [])]
+
+
+def _best(last: Sequence[tuple[Group, int, list[Record]]], finished: bool) -> list[str]:
+    """Which group is best in the first metric that all have, and whether the next one's interval is apart from its own."""
     for name, words in SPOKEN.items():
-        ends = [(group.estimate(name, _ends(group)[1]), group.name) for group in complete]
-        if all(value is not None for value, _ in ends):
-            better = "highest" if "accuracy" in name else "lowest"
-            (best, first), (next_best, second), *_ = sorted(ends, key=lambda end: end[0][0], reverse=better == "highest")
-            if best[0] == next_best[0]:
-                return [f"{first} and {second} end with the same {words.removeprefix('the ')}, {estimate(best)}."]
-            apart = "their intervals overlap" if _overlap(best, next_best) else "their intervals do not overlap"
-            apart = f"; {apart}" if None not in (*best, *next_best) else ""
-            metric = words.removeprefix("the ")
-            return [f"{first} ends with the {better} {metric}, {estimate(best)}, then {second}, {estimate(next_best)}{apart}."]
+        values = [(group.estimate(name, records), group, step) for group, step, records in last]
+        if any(value is None for value, _, _ in values):
+            continue
+        better = "highest" if "accuracy" in name else "lowest"
+        (best, first, step), (next_best, second, next_step), *_ = sorted(values, key=lambda v: v[0][0], reverse=better == "highest")
+        metric = words.removeprefix("the ")
+        at, next_at = ("", "") if finished else (f" (update {_of(first, step)})", f" (update {_of(second, next_step)})")
+        if best[0] == next_best[0]:
+            verb = "end with" if finished else "have so far"
+            return [f"{first.name}{at} and {second.name}{next_at} {verb} the same {metric}, {estimate(best)}."]
+        apart = "their intervals overlap" if _overlap(best, next_best) else "their intervals do not overlap"
+        apart = f"; {apart}" if None not in (*best, *next_best) else ""
+        start = f"{first.name} ends with" if finished else f"So far {first.name} has"
+        return [f"{start} the {better} {metric}, {estimate(best)}{at}, then {second.name}, {estimate(next_best)}{next_at}{apart}."]
     return []
 
 
