@@ -75,6 +75,12 @@ def test_the_policy_of_the_page_allows_its_own_script_alone(tmp_path):
     assert "default-src 'none'" in page and not re.search(r"https?://(?!www\.w3\.org/)", page)
 
 
+def test_the_page_says_the_order_of_the_worst_tokens(tmp_path):
+    page = report.render(runs.read_runs([make(tmp_path / "a", samples=[annotated(["x", "x", "y"], [-1.0, -0.5, -1.25])])]))
+    assert "In the order of the sum of log q − log π" in page
+    assert re.search(r'<th scope="col">sum</th>.*<code>x</code></th><td>2</td><td>-1.50</td><td>-0.75</td><td>-1.00</td>', page, re.DOTALL)
+
+
 def test_every_file_that_the_page_is_made_of_is_installed():
     package = pathlib.Path(report.__file__).parents[1]
     patterns = tomllib.loads((package.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["opd_jax"]

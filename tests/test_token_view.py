@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from run_directories import annotated, make
 
-from opd_jax.analysis import runs, token_view
+from opd_jax.analysis import report, runs, token_view
 
 
 def test_text_is_made_visible_and_json_fits_into_a_script_element():
@@ -57,19 +57,38 @@ def test_what_is_shown_is_bounded_evenly_spaced_and_said(tmp_path):
     assert list(token_view.choose(run, 500)[0]) == [1, 100]
 
 
-def test_worst_tokens_are_by_mean_log_ratio_over_all_samples(tmp_path):
+def test_worst_tokens_are_by_the_sum_of_log_ratios_over_all_samples(tmp_path):
     samples = [
         annotated(["good", "bad", "bad", "<eos>"], [0.5, -3.0, -1.0, -0.5], special=[3], step=1),
-        annotated(["bad", "odd\n", ""], [-0.5, -2.0, -9.0], step=3, prompt="x"),
+        annotated(["bad", "odd\n", "", "good"], [-0.5, -4.0, -9.0, -0.25], step=3, prompt="x"),
         annotated(["bad"], None, step=3),
     ]
     (run,) = runs.read_runs([make(tmp_path / "a", samples=samples)])
     rows = token_view.worst_tokens(run)
-    assert [(row["token"], row["count"], round(row["mean"], 6), round(row["lowest"], 6)) for row in rows] == [
-        ("odd⏎", 1, -2.0, -2.0),
-        ("bad", 3, -1.5, -3.0),
-        ("<eos>", 1, -0.5, -0.5),
+    assert [(row["token"], row["count"], *(round(row[name], 6) for name in ("total", "mean", "lowest"))) for row in rows] == [
+        ("bad", 3, -4.5, -1.5, -3.0),
+        ("odd⏎", 1, -4.0, -4.0, -4.0),
+        ("<eos>", 1, -0.5, -0.5, -0.5),
     ]
-    assert (rows[1]["before"], rows[1]["after"], rows[1]["step"]) == ("12=good", "bad<eos>", 1)
+    assert (rows[0]["before"], rows[0]["after"], rows[0]["step"]) == ("12=good", "bad<eos>", 1)
     assert [row["special"] for row in rows] == [False, False, True]
     assert len(token_view.worst_tokens(runs.Run("b", run.config, [], [annotated([str(i) for i in range(30)], [-1.0] * 30)], []))) == 12
+
+
+def test_single_draws_do_not_fill_the_worst_tokens(tmp_path):
+    samples = [annotated([f"once{i}" for i in range(20)] + ["often"] * 50, [-5.0] * 20 + [-0.5] * 50)]
+    (run,) = runs.read_runs([make(tmp_path / "a", samples=samples)])
+    assert [row["token"] for row in token_view.worst_tokens(run)][:2] == ["often", "once0"]
+
+
+def test_that_the_student_read_a_chat_template_is_said(tmp_path):
+    samples = [annotated(["a"], [-1.0])]
+    plain = make(tmp_path / "plain", samples=samples)
+    chat, own = (make(tmp_path / f"t{i}", samples=samples, context__student__template=t) for i, t in enumerate(("chat", "/x/<b>.jinja")))
+    empty = make(tmp_path / "empty", samples=[], context__student__template="chat")
+    read = runs.read_runs([plain, chat, own, empty])
+    notes = [run["note"] for run in token_view.page_data(read)["runs"]]
+    said = "Prompts are the task's; the student read each of them inside a chat template (context.student.template: "
+    assert notes == ["", f"{said}chat).", f"{said}<b>.jinja).", ""]
+    page = report.render(read)
+    assert page.count("chat template (context.student.template: chat)") == 2  # for the script, and for readers without it

@@ -123,4 +123,4 @@ def _plain_samples(run: Run, runs: int) -> dict[str, Any]:
     shown, _, left_out = token_view.choose(run, runs)
     ends = dict.fromkeys([min(shown), max(shown)] if shown else [])
     rows = [(step, token_view.prompt_of(sample), token_view.completion_of(sample)) for step in ends for sample in shown[step]]
-    return {"name": run.name, "rows": rows, "note": left_out}
+    return {"name": run.name, "rows": rows, "note": token_view.note(run, left_out)}

@@ -3,6 +3,7 @@
 import collections
 import json
 import math
+import pathlib
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
@@ -101,6 +102,16 @@ def _left_out(by_step: dict[int, list[Sample]], shown: dict[int, list[Sample]], 
     return f"Shown: {', '.join(parts)}; samples.jsonl in the run directory has them all." if parts else ""
 
 
+def note(run: Run, left_out: str) -> str:
+    """What a reader of the run's samples has to know."""
+    template = run.config["context.student.template"]
+    if template == "none" or not run.samples:
+        return left_out
+    name = pathlib.PurePath(template).name
+    said = f"Prompts are the task's; the student read each of them inside a chat template (context.student.template: {name})."
+    return f"{said} {left_out}".rstrip()
+
+
 def page_data(runs: Sequence[Run]) -> dict[str, Any]:
     """What the script of the page reads: names are short because there is one for every token."""
     data = []
@@ -108,7 +119,9 @@ def page_data(runs: Sequence[Run]) -> dict[str, Any]:
         shown, limit, left_out = choose(run, len(runs))
         texts: dict[str, int] = {}
         steps = [{"step": step, "samples": [_entry(sample, limit, texts) for sample in samples]} for step, samples in shown.items()]
-        data.append({"name": visible(run.name), "steps": steps, "texts": [token_text(text) for text in texts], "note": left_out})
+        data.append(
+            {"name": visible(run.name), "steps": steps, "texts": [token_text(text) for text in texts], "note": visible(note(run, left_out))}
+        )
     return {"scale": SCALE, "runs": data}
 
 
@@ -145,7 +158,10 @@ def completion_of(sample: Sample, characters: int = 4 * TOKENS) -> str:
 
 
 def worst_tokens(run: Run) -> list[dict[str, Any]]:
-    """Tokens by their mean log-ratio over all logged samples, the most negative first: count, mean, and the lowest with its context."""
+    """Tokens by the sum of their log-ratios over all logged samples, the most negative first: count, sum, mean, lowest with its context.
+
+    By the mean the tokens that were drawn once would come first.
+    """
     found: dict[tuple[str, bool], list[tuple[float, Sample, int]]] = collections.defaultdict(list)
     for sample in run.samples:
         if tokens_of(sample) is None:
@@ -157,11 +173,11 @@ def worst_tokens(run: Run) -> list[dict[str, Any]]:
     rows = []
     for (token, special), seen in found.items():
         lowest, sample, position = min(seen, key=lambda one: one[0])
-        mean = math.fsum(ratio for ratio, _, _ in seen) / len(seen)
+        total = math.fsum(ratio for ratio, _, _ in seen)
         before = (sample["prompt"] + "".join(sample["tokens"][:position]))[-AROUND:]
         after = "".join(sample["tokens"][position + 1 : position + 6])
         context = {"before": visible(before, breaks="⏎"), "after": visible(after, breaks="⏎")}
         text = {"token": token_text(token), "special": special, "step": sample["step"]}
-        rows.append(text | {"count": len(seen), "mean": mean, "lowest": lowest, **context})
-    rows = [row for row in rows if row["mean"] < 0]
-    return sorted(rows, key=lambda row: (row["mean"], row["token"]))[:WORST]
+        rows.append(text | {"count": len(seen), "total": total, "mean": total / len(seen), "lowest": lowest, **context})
+    rows = [row for row in rows if row["total"] < 0]
+    return sorted(rows, key=lambda row: (row["total"], row["token"]))[:WORST]
