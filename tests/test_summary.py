@@ -65,6 +65,24 @@ def test_a_change_below_the_thousandth_is_told_in_numbers_that_differ(tmp_path):
     assert "The loss stayed at 0.00040." in summary.sentences(groups(path))[0]
 
 
+def test_rewards_between_0_and_1_are_named_by_their_metric(tmp_path):
+    rouge = make(tmp_path / "r", task__name="text", steps=4)
+    assert summary.table(groups(rouge))[0][2:4] == ["exact, greedy", "mean rouge, sampled"]
+    said = "Exact: the share of completions that equal their reference."
+    assert said in summary.caption(groups(rouge)) and said not in summary.caption(groups(make(tmp_path / "d")))
+    (text,) = summary.sentences(groups(rouge))
+    assert "The share of exact greedy completions rose from 0.30" in text and "; the mean rouge of samples rose from 0.15" in text
+    assert "accuracy" not in text
+    found = groups(rouge, make(tmp_path / "b", task__name="text", task__metric="bleu"), make(tmp_path / "a"))
+    assert summary.table(found)[0][2:4] == [
+        "exact, greedy or accuracy, greedy",
+        "mean rouge, sampled or mean bleu, sampled or accuracy, sampled",
+    ]
+    worse = make(tmp_path / "c", task__name="text", accuracy=0.5)
+    assert summary.sentences(groups(rouge, worse))[-1].startswith("r ends with the highest share of exact greedy completions, 0.90")
+    assert "end with the same reverse KL" in summary.sentences(found)[-1]  # shares of exact text and accuracies are not compared
+
+
 def test_students_that_began_elsewhere_have_rows_of_their_own(tmp_path):
     rows = summary.table(groups(make(tmp_path / "a"), make(tmp_path / "b", before=0.1)))
     assert [row[0] for row in rows[1:3]] == ["a, before", "b, before"]

@@ -16,6 +16,7 @@ SPOKEN = {
     "eval/reverse_kl": "the reverse KL to the teacher",
     "eval/forward_kl": "the forward KL",
 }
+GRADED = "text"  # the task whose rewards lie between 0 and 1: greedily what is exact is counted, of samples the mean is taken
 SPOKEN_OF_TRAINING = {"train/reverse_kl": "the reverse KL on its own completions", "train/loss": "the loss"}
 METHODS = {
     "student": "on-policy distillation",
@@ -53,9 +54,30 @@ def _mean(values: Sequence[float]) -> float:
 # ---- before and after
 
 
+def _columns(groups: Sequence[Group]) -> dict[str, str]:
+    """{metric: header}; where tasks count different things the header has the names of all."""
+    headers = [COLUMNS | (_graded(group)[0] if group.config["task.name"] == GRADED else {}) for group in groups]
+    return {name: " or ".join(dict.fromkeys(header[name] for header in headers)) for name in COLUMNS}
+
+
+def _spoken(group: Group) -> dict[str, str]:
+    """{metric: words} of the evaluations."""
+    return SPOKEN | (_graded(group)[1] if group.config["task.name"] == GRADED else {})
+
+
+def _graded(group: Group) -> tuple[dict[str, str], dict[str, str]]:
+    metric, names = group.config["task.metric"], EVALUATED[:2]
+    headers, words = (
+        ("exact, greedy", f"mean {metric}, sampled"),
+        ("the share of exact greedy completions", f"the mean {metric} of samples"),
+    )
+    return dict(zip(names, headers, strict=True)), dict(zip(names, words, strict=True))
+
+
 def table(groups: Sequence[Group]) -> list[list[str]]:
     """Header, then one row per state of a student: before and after each run; rows that say the same are one. The teacher comes last."""
     columns = [name for name in COLUMNS if any(name in r for group in groups for run in group.runs for r in run.evaluations)]
+    headers = _columns(groups)
     before: dict[tuple, list[str]] = {}
     after, teacher = [], []
     for group in groups:
@@ -72,7 +94,7 @@ def table(groups: Sequence[Group]) -> list[list[str]]:
     begin = [["before training" if len(before) == 1 else ", ".join(n) + ", before", "0", *c, "", ""] for c, n in before.items()]
     cells = [number(_mean(teacher)) if name == "eval/sampled_accuracy" and teacher else "" for name in columns]
     taught = [["teacher", "", *cells, "", ""]] if teacher else []
-    return [["student", "updates", *(COLUMNS[name] for name in columns), "tokens", "time"], *begin, *after, *taught]
+    return [["student", "updates", *(headers[name] for name in columns), "tokens", "time"], *begin, *after, *taught]
 
 
 def _cells(group: Group, records: Sequence[Record], columns: Sequence[str]) -> list[str]:
@@ -116,8 +138,10 @@ def caption(groups: Sequence[Group]) -> str:
         text += f"Rows of several seeds: means, in brackets 95% t-intervals over the {counts} seeds; tokens and time are means. "
         if any(len({run.evaluations[-1]["step"] for run in group.runs}) > 1 for group in groups if group.common()):
             text += "Seeds that stopped at different updates stand at the last one that all of them evaluated. "
-    text += f"All but greedy accuracy: samples at temperature 1, {_either(samples)} per prompt. KL to the teacher and entropy: nats per "
+    text += f"All but the greedy column: samples at temperature 1, {_either(samples)} per prompt. KL to the teacher and entropy: nats per "
     text += "token. Tokens: completion tokens in the loss. Time: training, without evaluations."
+    if any(group.config["task.name"] == GRADED for group in groups):
+        text += " Exact: the share of completions that equal their reference."
     trained_on = sorted({run.config["task.train_size"] for run in runs})
     if trained_on == [0]:
         return text
@@ -165,7 +189,7 @@ def _model(config: dict[str, Any], block: str) -> str:
 
 
 def _changes(group: Group) -> str:
-    spoken = SPOKEN if len(group.common()) > 1 else SPOKEN_OF_TRAINING
+    spoken = _spoken(group) if len(group.common()) > 1 else SPOKEN_OF_TRAINING
     told = [text for name, words in spoken.items() if (text := _change(group, name, words))]
     if not told:
         return ""
@@ -227,13 +251,14 @@ def _comparison(groups: Sequence[Group]) -> list[str]:
 
 def _best(last: Sequence[tuple[Group, int, list[Record]]], finished: bool) -> list[str]:
     """Which group is best in the first metric that all have, and whether the next one's interval is apart from its own."""
-    for name, words in SPOKEN.items():
+    for name in SPOKEN:
+        kinds = {_spoken(group)[name] for group, _, _ in last}
         values = [(group.estimate(name, records), group, step) for group, step, records in last]
-        if any(value is None for value, _, _ in values):
+        if len(kinds) > 1 or any(value is None for value, _, _ in values):
             continue
         better = "highest" if "accuracy" in name else "lowest"
         (best, first, step), (next_best, second, next_step), *_ = sorted(values, key=lambda v: v[0][0], reverse=better == "highest")
-        metric = words.removeprefix("the ")
+        metric = kinds.pop().removeprefix("the ")
         at, next_at = ("", "") if finished else (f" (update {_of(first, step)})", f" (update {_of(second, next_step)})")
         if best[0] == next_best[0]:
             verb = "end with" if finished else "have so far"
