@@ -78,7 +78,7 @@ def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     try:
         sessions = json.loads((pathlib.Path(workdir) / "environment.json").read_text(encoding="utf-8"))["sessions"]
         return [session for session in sessions if isinstance(session["from_step"], int)]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
 
 

@@ -14,7 +14,7 @@ import markupsafe
 from opd_jax import metrics
 from opd_jax.analysis import plots, summary, token_view
 from opd_jax.analysis.runs import POINTS, Group, Run, group_by_seed, read_runs, series
-from opd_jax.types import UserError
+from opd_jax.types import UserError, one_line
 
 # In this order; a curve is drawn where a run has the metric.
 CURVES = (
@@ -48,9 +48,11 @@ def text_samples(workdir: str | os.PathLike, *, count: int = 2) -> str:
     steps = sorted({sample["step"] for sample in run.samples})
     ends = dict.fromkeys([steps[0], steps[-1]] if steps else [])
     rows = [sample for step in ends for sample in [s for s in run.samples if s["step"] == step][:count]]
-    return "\n".join(
-        f"step {row['step']}: {json.dumps(row['prompt'] + row['completion'], ensure_ascii=False)[:SAMPLE_WIDTH]}" for row in rows
-    )
+    return "\n".join(f"step {row['step']}: {_quoted(row['prompt'] + row['completion'])}" for row in rows)
+
+
+def _quoted(text: str) -> str:
+    return one_line(json.dumps(text, ensure_ascii=False)[:SAMPLE_WIDTH])
 
 
 def write(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike) -> None:
@@ -63,7 +65,7 @@ def write(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike) -> None
         temporary.write_text(page, encoding="utf-8")
         temporary.replace(out)
     except OSError as error:
-        raise UserError(f"--out={out}: cannot be written ({error.strerror}); give a file in a folder that can be written") from None
+        raise UserError(f"report {out}: cannot be written ({error.strerror}); give a file in a folder that can be written") from None
 
 
 def render(runs: Sequence[Run]) -> str:

@@ -3,14 +3,14 @@
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from opd_jax import config as config_lib
 from opd_jax import files, machine, metrics
-from opd_jax.analysis import stats
+from opd_jax.analysis import checks, stats
 from opd_jax.types import UserError
 
 EVALUATED = ("eval/accuracy", "eval/sampled_accuracy", "eval/reverse_kl", "eval/forward_kl", "eval/entropy")
@@ -82,7 +82,7 @@ def _within(name: str, low, high):
 
 
 def read_runs(workdirs: Sequence[str | os.PathLike]) -> list[Run]:
-    """Reads run directories; names are as short as tells them apart. Raises UserError for a folder that is none."""
+    """Reads run directories; names are as short as tells them apart. Raises UserError for a folder that is none, or damaged."""
     paths = [pathlib.Path(workdir) for workdir in workdirs]
     names = [path.resolve().name for path in paths]
     if len(set(names)) < len(names):
@@ -93,10 +93,31 @@ def read_runs(workdirs: Sequence[str | os.PathLike]) -> list[Run]:
 def _read_run(path: pathlib.Path, name: str) -> Run:
     if not (path / "config.json").is_file():
         raise UserError(f"--workdir={path}: is not a run directory (config.json is missing); give the --workdir of a training run")
-    config = config_lib.flatten(files.read_json(path / "config.json", remedy="restore the file, or give another --workdir"))
-    config = config_lib.flatten(config_lib.Config()) | config
-    records, samples = (metrics.read(path / name) if (path / name).exists() else [] for name in ("metrics.jsonl", "samples.jsonl"))
-    return Run(name, config, records, samples, machine.read(path))
+    config = config_lib.flatten(config_lib.Config()) | _read_config(path / "config.json")
+    records = _read_lines(path / "metrics.jsonl", checks.record_problem)
+    return Run(name, config, records, _read_lines(path / "samples.jsonl", checks.sample_problem), machine.read(path))
+
+
+def _read_config(path: pathlib.Path) -> dict[str, Any]:
+    remedy = "restore the file, or give another --workdir"
+    fields = files.read_json(path, remedy=remedy)
+    try:
+        flat = config_lib.flatten(fields)
+        problem = checks.config_problem(fields, flat)
+    except RecursionError:
+        problem = "cannot be read (it is nested too deeply)"
+    if problem:
+        raise UserError(f"{path}: {problem}; {remedy}")
+    return flat
+
+
+def _read_lines(path: pathlib.Path, problem_of: Callable[[dict[str, Any]], str]) -> list[dict[str, Any]]:
+    """The objects of a file of lines that may not exist yet."""
+    records = metrics.read(path) if path.exists() else []
+    for number, record in enumerate(records, start=1):
+        if problem := problem_of(record):
+            raise UserError(f"{path}, line {number}: {problem}; remove the line or restore the file")
+    return records
 
 
 def group_by_seed(runs: Sequence[Run]) -> list[Group]:

@@ -313,7 +313,7 @@ def _or_nothing(fact: Callable[[Run], Any], run: Run) -> str:
     """Notes of other versions, and runs that have just begun, lack some facts."""
     try:
         return str(fact(run))
-    except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError, AttributeError):
+    except (KeyError, IndexError, TypeError, ValueError, ArithmeticError, AttributeError):
         return ""
 
 

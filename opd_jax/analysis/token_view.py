@@ -56,17 +56,13 @@ def script_json(value: Any) -> str:
 
 def tokens_of(sample: Sample) -> list[str] | None:
     """The tokens of a sample if it has a value of the student for each; None for a line of text alone."""
-    tokens, logp = sample.get("tokens"), sample.get("student_logp")
-    whole = isinstance(tokens, list) and isinstance(logp, list) and len(tokens) == len(logp) and all(isinstance(t, str) for t in tokens)
-    return tokens if whole and tokens else None
+    return (sample.get("tokens") or None) if "student_logp" in sample else None
 
 
 def log_ratios(sample: Sample) -> list[float | None]:
     """log q - log pi of each token; None where one of them is not known."""
-    count, teacher = len(sample["tokens"]), sample.get("teacher_logp") or []
-    if len(teacher) != count:
-        return [None] * count
-    return [None if None in (q, p) else q - p for q, p in zip(teacher, sample["student_logp"], strict=True)]
+    own = sample["student_logp"]
+    return [None if None in (q, p) else q - p for q, p in zip(sample.get("teacher_logp", [None] * len(own)), own, strict=True)]
 
 
 def choose(run: Run, runs: int) -> tuple[dict[int, list[Sample]], int, str]:
@@ -134,12 +130,11 @@ def _entry(sample: Sample, limit: int, texts: dict[str, int]) -> dict[str, Any]:
     entry |= {"t": [token_text(token, breaks="⏎\n") for token in tokens[:limit]], "more": max(len(tokens) - limit, 0)}
     entry["special"] = [position for position in sample.get("special", []) if position < limit]
     for name, short in COLUMNS.items():
-        values = sample.get(name)
-        if isinstance(values, list) and len(values) == len(tokens):
-            entry[short] = [None if value is None else float(f"{value:.4g}") for value in values[:limit]]
-    tops = sample.get("teacher_top")
-    if isinstance(tops, list) and len(tops) == len(tokens):
-        entry["top"] = [[x for text, p in top for x in (texts.setdefault(text, len(texts)), p)] for top in tops[:limit]]
+        if name in sample:
+            entry[short] = [None if value is None else float(f"{value:.4g}") for value in sample[name][:limit]]
+    if "teacher_top" in sample:
+        tops = sample["teacher_top"][:limit]
+        entry["top"] = [[x for text, p in top for x in (texts.setdefault(text, len(texts)), p)] for top in tops]
     return entry
 
 
