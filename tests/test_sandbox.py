@@ -151,6 +151,77 @@ def test_files_are_bounded(run, machine):
     assert "Too many open files" in run("import os\nfor i in range(100): os.open('f', os.O_CREAT)").stderr
 
 
+# Memory that outlives its mapping, and so is not counted by the limit on address space; the objects are shared by the whole machine, too.
+SHARED_MEMORY = {
+    "shmget": "l.shmget(0, 4096, 0o1600)",
+    "shmat": "l.shmat(-1, None, 0)",
+    "shmctl": "l.shmctl(-1, 0, None)",
+    "msgget": "l.msgget(0, 0o1600)",
+    "msgsnd": "l.msgsnd(-1, b'x' * 16, 1, 0)",
+    "msgrcv": "l.msgrcv(-1, None, 0, 0, 0)",
+    "msgctl": "l.msgctl(-1, 0, None)",
+    "semget": "l.semget(0, 1, 0o1600)",
+    "semop": "l.semop(-1, b'x' * 16, 1)",
+    "semctl": "l.semctl(-1, 0, 0)",
+    "mq_open": "l.mq_open(b'/opd_jax', 0o102, 0o600, None)",
+    "mq_unlink": "l.mq_unlink(b'/opd_jax')",
+    "memfd_create": "l.memfd_create(b'x', 0)",
+    "memfd_secret": "l.syscall(447, 0)",
+    "vmsplice": "l.vmsplice(-1, None, 0, 0)",
+    "pidfd_getfd": "l.syscall(438, -1, 0, 0)",
+}
+
+
+@pytest.mark.parametrize("machine", ["all", "no namespaces", "no namespaces, no Landlock"], indirect=True)
+def test_no_memory_that_is_not_counted(run, machine):
+    if "seccomp" not in MACHINES[machine]:
+        pytest.skip("this machine has no seccomp; capabilities() says what that means")
+    program = "import ctypes\nl = ctypes.CDLL(None, use_errno=True)\n"
+    program += "\n".join(f"print({name!r}, {call}, ctypes.get_errno())" for name, call in SHARED_MEMORY.items())
+    # EPERM, where wrong arguments alone would be EINVAL, EBADF or ENOENT; the C library makes EACCES of it for mq_unlink
+    refused = [f"{name} -1 {13 if name == 'mq_unlink' else 1}" for name in SHARED_MEMORY]
+    assert run(program).stdout.splitlines() == refused
+    fill = "import ctypes\nl = ctypes.CDLL(None)\nl.shmat.restype = ctypes.c_void_p\nfor i in range(32):\n"
+    fill += "    a = l.shmat(l.shmget(0, 2**24, 0o1600), None, 0)\n    ctypes.memset(a, 1, 2**24)\n    l.shmdt(ctypes.c_void_p(a))"
+    before = pathlib.Path("/proc/sysvipc/shm").read_text()
+    assert run(fill).status == "error"
+    assert pathlib.Path("/proc/sysvipc/shm").read_text() == before
+
+
+@of_limits
+def test_pages_that_a_pipe_holds_are_few(run):
+    """Pipes are the memory that remains outside of the limit: fewer than `open_files`, of at most a mebibyte each."""
+    program = "import fcntl, os\nends = []\ntry:\n    while True: ends.append(os.pipe())\nexcept OSError: print(len(ends))\n"
+    program += "try: print(fcntl.fcntl(ends[0][1], fcntl.F_SETPIPE_SZ, 2**21))\nexcept OSError: print('refused')"
+    count, size = run(program).stdout.split()
+    assert int(count) <= QUICK.open_files // 2
+    assert size == "refused" or os.geteuid() == 0 and "user" not in ACTIVE
+
+
+@pytest.mark.parametrize("machine", ["all", "no namespaces"], indirect=True)
+def test_threads_are_bounded(run, machine):
+    """The kernel's memory for each one is not in the address space."""
+    if not {"user", "seccomp"} <= set(MACHINES[machine]):
+        pytest.skip("the limit counts all that the user runs, so it needs a user of its own")
+    program = "import threading\nthreading.stack_size(2**15)\nstay, n = threading.Event(), 0\ntry:\n"
+    program += "    while n < 2000: threading.Thread(target=stay.wait, daemon=True).start(); n += 1\n"
+    program += "except RuntimeError: pass\nprint(n, flush=True)\nimport os\nos._exit(0)"
+    result = run(program, limits=Limits(memory_bytes=2**33))
+    assert 100 < int(result.stdout) <= 256
+
+
+@pytest.mark.skipif("private root" not in ACTIVE, reason="this machine permits no private root")
+@pytest.mark.parametrize("machine", ["all"], indirect=True)
+def test_empty_files_are_bounded(run):
+    result = run("for i in range(20000): open(str(i), 'x').close()")
+    assert "No space left" in result.stderr
+
+
+def test_the_input_cannot_be_written(run):
+    """A file of the parent's, outside of the limit on the program's own."""
+    assert "Bad file descriptor" in run("import os\nos.write(0, b'x')", stdin="given").stderr
+
+
 FORKS = {
     "bomb": "import os\nfor _ in range(10**4):\n    try: os.fork()\n    except OSError: continue\n    print('forked')\n0/0",
     "one": "import os\nos.fork()",
@@ -280,10 +351,12 @@ def test_many_at_once():
 
 def test_capabilities_say_what_holds():
     values = sandbox.capabilities()
-    assert set(values) == {"network", "processes", "signals", "files", "time, memory, output"}
+    assert set(values) == {"network", "processes", "signals", "files", "memory", "time, output"}
     assert sandbox._describe(("namespaces", "private root", "seccomp"))["files"] == "private root"
     nothing = sandbox._describe(())
-    assert all(value.startswith("weak") for name, value in nothing.items() if name != "time, memory, output")
+    assert all(value.startswith("weak") for name, value in nothing.items() if name != "time, output")
+    assert sandbox._describe(("namespaces", "private root", "user"))["memory"].startswith("weak: limit on the mappings of each process")
+    assert sandbox._describe(("seccomp",))["memory"] == "seccomp"
 
 
 def test_a_weak_machine_is_said_once(monkeypatch, caplog):

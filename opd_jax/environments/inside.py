@@ -29,15 +29,23 @@ MACHINES = {
     "x86_64": {"arch": 0xC000003E, "pivot_root": 155, "capset": 126, "clone": 56}
     | {"socket": 41, "fork": 57, "vfork": 58, "execve": 59, "execveat": 322, "setsid": 112, "setpgid": 109, "ptrace": 101}
     | {"process_vm_readv": 310, "process_vm_writev": 311, "unshare": 272, "setns": 308, "mount": 165, "keyctl": 250, "bpf": 321}
-    | {"perf_event_open": 298, "userfaultfd": 323, "kill": 62, "tkill": 200, "tgkill": 234},
+    | {"perf_event_open": 298, "userfaultfd": 323, "kill": 62, "tkill": 200, "tgkill": 234}
+    | {"shmget": 29, "shmat": 30, "shmctl": 31, "semget": 64, "semop": 65, "semctl": 66, "semtimedop": 220, "msgget": 68, "msgsnd": 69}
+    | {"msgrcv": 70, "msgctl": 71, "mq_open": 240, "mq_unlink": 241, "memfd_create": 319, "vmsplice": 278, "add_key": 248}
+    | {"request_key": 249},
     "aarch64": {"arch": 0xC00000B7, "pivot_root": 41, "capset": 91, "clone": 220}
     | {"socket": 198, "execve": 221, "execveat": 281, "setsid": 157, "setpgid": 154, "ptrace": 117}
     | {"process_vm_readv": 270, "process_vm_writev": 271, "unshare": 97, "setns": 268, "mount": 40, "keyctl": 219, "bpf": 280}
-    | {"perf_event_open": 241, "userfaultfd": 282, "kill": 129, "tkill": 130, "tgkill": 131},
+    | {"perf_event_open": 241, "userfaultfd": 282, "kill": 129, "tkill": 130, "tgkill": 131}
+    | {"shmget": 194, "shmat": 196, "shmctl": 195, "semget": 190, "semop": 193, "semctl": 191, "semtimedop": 192, "msgget": 186}
+    | {"msgsnd": 189, "msgrcv": 188, "msgctl": 187, "mq_open": 180, "mq_unlink": 181, "memfd_create": 279, "vmsplice": 75}
+    | {"add_key": 217, "request_key": 218},
 }
-MACHINES = {name: calls | {"io_uring_setup": 425, "pidfd_send_signal": 424} for name, calls in MACHINES.items()}
+SAME = {"io_uring_setup": 425, "pidfd_send_signal": 424, "pidfd_getfd": 438, "memfd_secret": 447}
+MACHINES = {name: calls | SAME for name, calls in MACHINES.items()}
 SIGNALS = {"kill", "tkill", "tgkill", "pidfd_send_signal"}  # harmless where the program sees no process but its own
 NOT_REFUSED = {"arch", "pivot_root", "capset", "clone"}
+MOST_THREADS, MOST_FILES = 256, 10_000  # each takes some kilobytes of the kernel's memory, which is in no address space
 CLONE3, CLONE_THREAD, EPERM, ENOSYS = 435, 0x10000, 1, 38
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -91,7 +99,7 @@ def enter_private_root(root: str, disk_bytes: int) -> None:
             if source not in DEVICES:
                 make_read_only(target)
     os.mkdir(root + "/work")
-    mount("tmpfs", root + "/work", "tmpfs", MS_NOSUID | MS_NODEV, f"size={disk_bytes},mode=700")
+    mount("tmpfs", root + "/work", "tmpfs", MS_NOSUID | MS_NODEV, f"size={disk_bytes},nr_inodes={MOST_FILES},mode=700")
     os.symlink("/work", root + "/tmp")
     make_read_only(root, 0)
     os.chdir(root)
@@ -136,15 +144,15 @@ def drop_capabilities() -> None:
     syscall(MACHINES[platform.machine()]["capset"], header, none)
 
 
-def set_limits(limits: dict, own_processes: bool) -> None:
-    """`own_processes`: another layer refuses new processes, so that the number of processes may stay as it is, for threads."""
+def set_limits(limits: dict, processes: int | None) -> None:
+    """`processes`: how many more the user may have, threads included; None: as before."""
     wanted = {
         "RLIMIT_CPU": (limits["cpu_seconds"], limits["cpu_seconds"] + 1),
         "RLIMIT_AS": (limits["memory_bytes"],) * 2,
         "RLIMIT_FSIZE": (limits["disk_bytes"],) * 2,
         "RLIMIT_NOFILE": (limits["open_files"],) * 2,
         "RLIMIT_CORE": (0, 0),
-    } | ({} if own_processes else {"RLIMIT_NPROC": (0, 0)})
+    } | ({} if processes is None else {"RLIMIT_NPROC": (processes, processes)})
     for name, (soft, hard) in wanted.items():
         ceiling = resource.getrlimit(getattr(resource, name))[1]
         ceiling = hard if ceiling == resource.RLIM_INFINITY else min(hard, ceiling)
@@ -156,7 +164,8 @@ def set_limits(limits: dict, own_processes: bool) -> None:
 
 
 def filter_system_calls(refuse_signals: bool) -> None:
-    """No new processes (threads are fine), programs, sockets, sessions; no looking into other processes. Inherited, and never lifted."""
+    """No new processes (threads are fine), programs, sockets, sessions; no looking into other processes; no memory that stays after it is
+    unmapped, which no limit counts (System V, memfd, pages given to a pipe). Inherited, and never lifted."""
     calls = MACHINES[platform.machine()]
     refused = [calls[name] for name in sorted(calls.keys() - NOT_REFUSED) if refuse_signals or name not in SIGNALS]
     load, equal, at_least, any_bit, give = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -220,7 +229,9 @@ def prepare(spec: dict, ready: int) -> None:
     if sys.platform == "linux" and platform.machine() in MACHINES:
         drop_capabilities()
     end_with_parent()
-    set_limits(spec["limits"], own_processes="seccomp" in layers)
+    # seccomp refuses processes but not threads; their limit counts all that the user runs, so it needs a user of its own
+    threads = MOST_THREADS if "user" in layers else None
+    set_limits(spec["limits"], processes=threads if "seccomp" in layers else 0)
     if "seccomp" in layers:
         filter_system_calls(refuse_signals=not namespaces)
     elif not namespaces:

@@ -12,12 +12,19 @@ that is removed afterwards, and the limits of `Limits`. What else holds depends 
 | private root | sees the interpreter and system libraries, read-only, and its working directory, in memory; nothing else | namespaces |
 | user | root becomes a user that owns nothing | root that may change users |
 | landlock | in place of a private root: no files but those, in place of the whole tree | Linux 5.13 |
-| seccomp | no new processes, programs, sockets or sessions; threads are fine | Linux on x86_64 or aarch64 |
+| seccomp | no new processes, programs, sockets or sessions, no shared memory; threads are fine | Linux on x86_64 or aarch64 |
+
+Memory is bounded by the address space of the one process. Outside of it remain: files in a private root (`disk_bytes`), what pipes hold
+(half of `open_files`, up to 1 MiB each), and some kilobytes per thread, up to 256 of them where there is a user layer. Without seccomp the
+limit is one of what a process maps at a time: System V and POSIX shared memory hold more, and without namespaces they stay when the program
+has ended. Without a private root the number of files is not bounded while the program runs, and without Landlock either, it can
+leave files where everybody may write; in /dev/shm those are memory.
 
 Where neither namespaces nor seccomp can be had (macOS), a hook in the interpreter refuses sockets and processes. That stops accidents, not
 a program that means harm, and the program reads and writes what the user may.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -48,7 +55,7 @@ class SandboxError(RuntimeError):
 class Limits:
     cpu_seconds: int = 5  # of all threads; independent of what else the machine does
     wall_seconds: float = 20.0  # for programs that wait
-    memory_bytes: int = 2**30  # of address space
+    memory_bytes: int = 2**30  # of address space; what else there is, see above
     disk_bytes: int = 2**24  # of all files where there is a private root, elsewhere of each
     output_bytes: int = 2**20  # of stdout, and of stderr; a program that writes more is ended
     open_files: int = 64
@@ -71,7 +78,7 @@ def run(program: str, *, stdin: str = "", limits: Limits = Limits(), layers: tup
     layers = active_layers() if layers is None else layers
     if set(layers) - set(LAYERS) or ("private root" in layers and "namespaces" not in layers):
         raise ValueError(f"layers = {layers!r} must be among {', '.join(LAYERS)}; a private root needs namespaces")
-    with tempfile.TemporaryDirectory(prefix="sandbox_", ignore_cleanup_errors=True) as folder, tempfile.TemporaryFile() as given:
+    with tempfile.TemporaryDirectory(prefix="sandbox_", ignore_cleanup_errors=True) as folder:
         os.chmod(folder, 0o711)  # the program's user passes through to work/, and cannot list what is beside it
         for name in ("work", "root"):
             os.mkdir(os.path.join(folder, name), 0o700)
@@ -79,9 +86,18 @@ def run(program: str, *, stdin: str = "", limits: Limits = Limits(), layers: tup
         spec |= {"work": os.path.join(folder, "work"), "root": os.path.join(folder, "root")}
         path = pathlib.Path(folder, "spec.json")
         path.write_text(json.dumps(spec))
-        given.write(stdin.encode("utf-8", "surrogateescape"))
-        given.seek(0)
-        return _start(path, given, limits)
+        with _read_only(folder, stdin.encode("utf-8", "surrogateescape")) as given:
+            return _start(path, given, limits)
+
+
+@contextlib.contextmanager
+def _read_only(folder: str, content: bytes):
+    """An open file without a name, which the program cannot fill."""
+    path = pathlib.Path(folder, "given")
+    path.write_bytes(content)
+    with open(path, "rb") as file:
+        path.unlink()
+        yield file
 
 
 def _start(spec: pathlib.Path, given, limits: Limits) -> Result:
@@ -194,5 +210,6 @@ def _describe(layers: tuple[str, ...]) -> dict[str, str]:
         "processes": by("seccomp") or ("weak: limit on processes" if os.geteuid() or "user" in layers else "weak: ended with the program"),
         "signals": by("namespaces", "seccomp", "user") or "weak: those of the same user",
         "files": files[held] + held if held else "weak: those of the same user",
-        "time, memory, output": "limits",
+        "memory": by("seccomp") or "weak: limit on the mappings of each process",
+        "time, output": "limits",
     }
