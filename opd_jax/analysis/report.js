@@ -197,7 +197,7 @@
   list.addEventListener("focusin", (event) => tokenOf(event) && show((pinned = tokenOf(event))));
   list.addEventListener("focusout", () => ((pinned = null), hide()));
   list.addEventListener("keydown", move);
-  const help = "Hover over a token, tap it, or reach it with Tab and the arrow keys: its probabilities, and what the teacher would have written.";
+  const help = "Hover over a token, tap it, or reach it with Tab and the arrow keys: its probabilities, and what a teacher that scored it would have written.";
   viewer.append(controls, legend, make("p", { class: "quiet" }, help), note, list);
   document.body.append(tip);
   draw();

@@ -184,7 +184,8 @@ def _model(config: dict[str, Any], block: str) -> str:
     """A model as its config names it, without the folders above it."""
     source = config[f"{block}.path"] or config[f"{block}.recipe"]
     if source:
-        return pathlib.PurePath(source).name or source
+        rank = config["student.lora.rank"] if block == "student" else 0
+        return (pathlib.PurePath(source).name or source) + (f" (LoRA of rank {rank})" if rank else "")
     return f"a new {config['student.init.model_type']}" if block == "student" else ""
 
 
