@@ -16,7 +16,7 @@ import models
 import numpy as np
 import pytest
 import safetensors.numpy
-from hostile import nothing, text
+from hostile import also, nothing, text
 from wrong_inputs import CASES, open_model, read_report, read_task, resume, run_config
 
 from opd_jax import metrics, train
@@ -298,6 +298,12 @@ def script(room, name, *flags):
 
 QUICK, NEW = "--config=configs/quickstart.py:sft,tiny", "--workdir=ROOM/new"
 OWN, RUN = "--config=ROOM/own.py", "--workdir=ROOM/run"
+SOUND_CONFIG = f"""import sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from wrong_inputs import run_config
+def get_config():
+  return run_config(2)
+"""
 OWN_DATA = ("--config.task.name=jsonl", "--config.task.path=ROOM/data.jsonl")
 
 
@@ -337,6 +343,12 @@ SCRIPTS = {
     "a folder for a file": (nothing, "--out=ROOM/model: is a folder; give a file", "evaluate.py", (QUICK, "--out=ROOM/model")),
     "damaged checkpoints": (*one_of("run: checkpoints damaged"), "export_hf.py", (RUN, "--out=ROOM/out")),
     "weights that are NaN": (*one_of("weights: NaN"), "prune.py", ("--teacher=ROOM/model", "--keep=0", "--out=ROOM/out")),
+    "a sample that the report of a finished run cannot show": (
+        also(one_of("report of a damaged sample")[0], lambda room: (room / "own.py").write_text(SOUND_CONFIG)),
+        one_of("report of a damaged sample")[1],
+        "train.py",
+        (OWN, RUN),
+    ),
     "a damaged run": (*one_of("report of a damaged run"), "report.py", (RUN, "--out=ROOM/report.html")),
 }
 

@@ -228,6 +228,11 @@ OTHERS = {
         read_report,
         f"ROOM/run/config.json: cannot be read ({NO_NAME}); restore the file, or give another --workdir",
     ),
+    "report of a damaged sample": (
+        text("run/samples.jsonl", '{"step": 1}\n'),
+        read_report,
+        "ROOM/run/samples.jsonl, line 1: prompt is missing, it must be text; remove the line or restore the file",
+    ),
     "path too long": (
         nothing,
         lambda room: model_io.open_model("x" * 5000),
