@@ -79,6 +79,19 @@ def test_output_input_and_status(run):
 
 
 @of_limits
+def test_what_comes_then_goes_on_in_the_same_module(run):
+    later = "print(x, __name__)\nx += 'é'"
+    assert run("x = 'a'", then=(later, later)).stdout == "a __main__\naé __main__\n"
+    assert run("import sys; sys.exit(0)", then=("print('later')",)).stdout == ""
+    result = run("def f(): 1/0", then=("print(1)\nf()", "print(2)"))
+    assert (result.status, result.stdout) == ("error", "1\n")
+    assert [line for line in result.stderr.splitlines() if "File" in line] == [
+        '  File "<then 1>", line 2, in <module>',
+        '  File "<program>", line 1, in f',
+    ]
+
+
+@of_limits
 def test_the_same_program_prints_the_same_set(run):
     program = "print({str(i) for i in range(50)}, hash('a'))"
     assert run(program).stdout == run(program).stdout

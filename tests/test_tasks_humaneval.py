@@ -80,6 +80,7 @@ WRONG = {
     "ends before the tests": ("    return 2 * x\n```\n", None),
     "exits": ("    import os\n    os._exit(0)\n", "the program ends before its tests do"),
     "exits at once": ("```python\nimport sys\ndef double(x): return 0\nsys.exit(0)\n```", "the program ends before its tests do"),
+    "exits at once, hard": ("```python\nimport os\ndef double(x): return 0\nos._exit(0)\n```", "the program ends before its tests do"),
     "exits with status": ("    import os\n    os._exit(7)\n", "the program ends with status 7"),
     "prints too much": ("    while True: print('x' * 10**5)\n", "the program prints too much"),
     "crash": ("    import ctypes\n    ctypes.string_at(0)\n", "the program ends with status 139"),
@@ -97,6 +98,51 @@ def test_wrong_programs(judge, name):
     text, feedback = WRONG[name]
     verdict = judge(text)
     assert verdict.reward == 0.0 and verdict.feedback.startswith(feedback)
+
+
+# Every text that frames, constants, variables and containers hold: where a program that wants to pass would look.
+LOOK = """import gc, os, re, sys
+
+def texts():
+    frame, found = sys._getframe(), []
+    while frame:
+        found += [*frame.f_code.co_consts, *frame.f_locals.values(), *frame.f_globals.values()]
+        frame = frame.f_back
+    for thing in gc.get_objects():
+        found += gc.get_referents(thing)
+    return [text for text in found if isinstance(text, str)]
+
+def forge():
+    for text in texts():
+        for mark in re.findall(r"\\b[0-9a-f]{32}\\b", text):
+            print(mark, flush=True)
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("attack", ["def double(x): return 0\nforge()", "def double(x): forge()"])
+def test_what_shows_that_the_tests_passed_cannot_be_found_before(judge, attack):
+    verdict = judge(f"```python\n{LOOK}\n{attack}\n```")
+    assert verdict == tasks.Verdict(0.0, "the program ends before its tests do")
+
+
+def test_the_tests_are_out_of_sight_while_the_completion_defines(tmp_path):
+    """Else what they expect could be read there. It can while they run."""
+    task = read(write(tmp_path / "p.jsonl", [PROBLEM | {"test": TEST.replace("'two'", "'words of the test'")}]))
+    look = "if any(' '.join(['words', 'of the', 'test']) in text for text in texts()): raise ValueError('seen')\n"
+    define = "def double(x):\n    {}    return 2 * x\n"
+    programs = {
+        name: f"```python\n{LOOK}\n{text}```" for name, text in (("at once", look + define.format("")), ("late", define.format(look)))
+    }
+    verdicts = {name: task.verify(task.examples("train")[0], text) for name, text in programs.items()}
+    assert verdicts["at once"] == tasks.Verdict(1.0)
+    assert verdicts["late"].feedback.startswith("ValueError: seen")
+
+
+def test_an_error_within_the_tests_is_said_as_theirs(tmp_path):
+    task = read(write(tmp_path / "p.jsonl", [PROBLEM | {"test": "\n" * 3 + "def check(candidate):\n    candidate(unknown)\n"}]))
+    verdict = task.verify(task.examples("train")[0], "    return 2 * x\n")
+    assert verdict.feedback == "a test fails: NameError: name 'unknown' is not defined"
 
 
 def test_hidden_tests_are_not_quoted(judge):

@@ -202,13 +202,16 @@ def end_with_parent() -> None:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
-def run_program(text: str) -> None:
-    """As `__main__`, with a traceback that begins in the program."""
+def run_program(rest: int, sizes: list[int]) -> None:
+    """As `__main__`, with a traceback that begins in the program. Each text is read from the descriptor `rest` when its turn comes, so that
+    no variable, constant or frame has it before."""
     module = types.ModuleType("__main__")
     sys.modules["__main__"] = module
     sys.argv = ["program"]
     try:
-        exec(compile(text, "<program>", "exec"), module.__dict__)
+        for index, size in enumerate(sizes):
+            name = f"<then {index}>" if index else "<program>"
+            exec(compile(os.read(rest, size).decode("utf-8", "surrogatepass"), name, "exec"), module.__dict__)
     except Exception as error:
         trace = error.__traceback__
         while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
@@ -257,7 +260,7 @@ def fork_and_wait() -> bool:
 
 
 def main() -> None:
-    path, ready = sys.argv[1], int(sys.argv[2])
+    path, ready, rest = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     with open(path) as file:
         spec = json.load(file)
     os.unlink(path)
@@ -269,7 +272,7 @@ def main() -> None:
     if fork_and_wait():
         signal.signal(signal.SIGINT, signal.default_int_handler)
         prepare(spec, ready)
-        run_program(spec["program"])
+        run_program(rest, spec["sizes"])
 
 
 main()

@@ -70,9 +70,18 @@ class Result:
     seconds: float  # wall clock, start of the interpreter included
 
 
-def run(program: str, *, stdin: str = "", limits: Limits = Limits(), layers: tuple[str, ...] | None = None) -> Result:  # noqa: B008
+def run(
+    program: str,
+    *,
+    then: Sequence[str] = (),
+    stdin: str = "",
+    limits: Limits = Limits(),  # noqa: B008
+    layers: tuple[str, ...] | None = None,
+) -> Result:
     """Runs Python text to its end or to a limit. Thread-safe. `layers`: fewer than this machine has, to see what each one does.
 
+    `then`: texts that go on in the same module, each if the ones before came to their end. None of it is in the memory of the process
+    before its turn; code that looks for the open file it comes from, and reads that, sees it all the same.
     Raises SandboxError when the sandbox itself cannot be set up. Whatever the program does, it returns, and leaves no process behind.
     """
     layers = active_layers() if layers is None else layers
@@ -82,12 +91,13 @@ def run(program: str, *, stdin: str = "", limits: Limits = Limits(), layers: tup
         os.chmod(folder, 0o711)  # the program's user passes through to work/, and cannot list what is beside it
         for name in ("work", "root"):
             os.mkdir(os.path.join(folder, name), 0o700)
-        spec = {"program": program, "layers": layers, "limits": dataclasses.asdict(limits)}
+        texts = [text.encode("utf-8", "surrogatepass") for text in (program, *then)]
+        spec = {"sizes": [len(text) for text in texts], "layers": layers, "limits": dataclasses.asdict(limits)}
         spec |= {"work": os.path.join(folder, "work"), "root": os.path.join(folder, "root")}
         path = pathlib.Path(folder, "spec.json")
         path.write_text(json.dumps(spec))
-        with _read_only(folder, stdin.encode("utf-8", "surrogateescape")) as given:
-            return _start(path, given, limits)
+        with _read_only(folder, stdin.encode("utf-8", "surrogateescape")) as given, _read_only(folder, b"".join(texts)) as code:
+            return _start(path, given, code, limits)
 
 
 @contextlib.contextmanager
@@ -100,19 +110,19 @@ def _read_only(folder: str, content: bytes):
         yield file
 
 
-def _start(spec: pathlib.Path, given, limits: Limits) -> Result:
+def _start(spec: pathlib.Path, given, code, limits: Limits) -> Result:
     start = time.monotonic()
     ready_read, ready_write = os.pipe()
     with open(ready_read, "rb") as ready:
         try:
             process = subprocess.Popen(
-                [sys.executable, "-P", "-s", "-S", str(INSIDE), str(spec), str(ready_write)],
+                [sys.executable, "-P", "-s", "-S", str(INSIDE), str(spec), str(ready_write), str(code.fileno())],
                 stdin=given,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 env={"PYTHONHASHSEED": "0", "PYTHONIOENCODING": "utf-8:backslashreplace", "PYTHONDONTWRITEBYTECODE": "1"},
                 cwd=spec.parent,
-                pass_fds=[ready_write],
+                pass_fds=[ready_write, code.fileno()],
                 start_new_session=True,
             )
         finally:

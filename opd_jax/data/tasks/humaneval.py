@@ -5,6 +5,11 @@ defines check(candidate)) and optionally `canonical_solution`. The prompt is giv
 
 The feedback says what a run of the program says: type and message of the exception and, if the program's own code raised it, that line.
 The tests are not quoted; the message of an assertion is, since whoever wrote the tests meant it to be read.
+
+Completion and tests share an interpreter, as in the original. To pass, the program must print a word that is drawn anew for each run and
+enters the process only after the tests came to their end; the tests enter after the completion's own statements. So a completion that ends
+early, or looks for the word in variables, constants and frames, fails. Not prevented: one that reads the open file from which both come,
+changes what the tests call, returns objects that equal everything, or looks up what the tests expect while they call it.
 """
 
 import dataclasses
@@ -22,7 +27,7 @@ from opd_jax.types import UserError
 STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint", "\n@", "\n```")
 LIMITS = sandbox.Limits(cpu_seconds=5, wall_seconds=60.0)
 _FENCE = re.compile(r"^[ \t]*```[ \t]*(?:python|py|python3)?[ \t]*\n(.*?)(^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL | re.IGNORECASE)
-_FRAME = re.compile(r'^  File "<program>", line (\d+)', re.MULTILINE)
+_FRAME = re.compile(r'^  File "<(program|then \d+)>", line (\d+)', re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +39,9 @@ class HumanEval(FileTask):
         """All tests pass within the limits, and the program comes to their end."""
         problem = json.loads(example.answer)
         program = program_of(example.prompt, text, problem["entry_point"])
-        done = secrets.token_hex(16)  # a program that ends before its tests cannot know what it should have printed
-        result = sandbox.run(f"{program}\n\n{problem['test']}\n\ncheck({problem['entry_point']})\nprint({done!r})\n", limits=LIMITS)
+        done = secrets.token_hex(16)
+        tests = f"{problem['test']}\n\ncheck({problem['entry_point']})\n"
+        result = sandbox.run(program, then=(tests, f"print({done!r})"), limits=LIMITS)
         if result.status == "ok" and result.stdout.endswith(done + "\n"):
             return Verdict(1.0)
         return Verdict(0.0, _feedback(result, program))
@@ -66,9 +72,9 @@ def _feedback(result: sandbox.Result, program: str) -> str:
     if "Traceback" not in result.stderr and "Error" not in result.stderr:
         return f"the program ends with status {result.exit_code}"
     lines, message = program.split("\n"), result.stderr.strip().split("\n")[-1][:300]
-    frames = [int(number) for number in _FRAME.findall(result.stderr)]
-    if frames and frames[-1] <= len(lines):
-        return f"{message} (in line {frames[-1]}: {lines[frames[-1] - 1].strip()[:200]})"
+    frames = _FRAME.findall(result.stderr)
+    if frames and frames[-1][0] == "program" and (number := int(frames[-1][1])) <= len(lines):
+        return f"{message} (in line {number}: {lines[number - 1].strip()[:200]})"
     return f"a test fails: {message}"
 
 
