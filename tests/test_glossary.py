@@ -215,8 +215,9 @@ def test_eval_metrics_follow_their_formulas(update):
             (2, *both(first)),
         ):
             batches = evaluator._sample(params, config, purpose)
+            by_row = lambda batch: (batch[0][0], batch[1].tokens_BT)  # student and teacher read the same prompts
             parts = [
-                by_hand(first.state.params, student.config, first.teacher, p, r.tokens_BT, student.tokenizer.eos_ids) for p, r, _ in batches
+                by_hand(first.state.params, student.config, first.teacher, *by_row(batch), student.tokenizer.eos_ids) for batch in batches
             ]
             rows = [real for _, _, real in batches]
             values[purpose] = {
