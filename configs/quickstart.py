@@ -1,4 +1,4 @@
-"""Distil a student of 0.16M parameters from a teacher of 0.6M on its own completions, on a laptop, offline.
+"""Distil a student of 0.18M parameters from a teacher of 0.67M on its own completions, on a laptop, offline.
 
     python experiments/train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
