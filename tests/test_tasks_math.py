@@ -1,6 +1,7 @@
 r"""math: answers in \boxed{}, equal by value, with limits that hold against hostile expressions, from any thread."""
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -81,6 +82,32 @@ def test_hostile_expressions_end_and_the_next_one_is_compared(hostile):
     assert time.process_time() - start < 1  # the work is elsewhere
     assert checker.equal("2", "2.0") is True and checker.equal("2", "3") is False
     checker.close()
+
+
+def test_no_text_of_a_model_is_evaluated(monkeypatch):
+    """sympy reads its numerals by evaluating them as Python; nothing else may come there."""
+    import sympy.physics.units  # noqa: F401  (it reads names of its own in the same way when it is imported)
+    from sympy.parsing import sympy_parser
+
+    from opd_jax.data.tasks import math_worker
+
+    seen, evaluate = [], sympy_parser.eval_expr
+    monkeypatch.setattr(sympy_parser, "eval_expr", lambda code, *others: (seen.append(code), evaluate(code, *others))[1])
+    texts = [
+        "__import__('os')._exit(0)",
+        "().__class__",
+        "[1]*3",
+        "2**9",
+        "(1+2)*3",
+        "0x10",
+        "1if 1else 2",
+        "\\text{__import__('os')}",
+        "os",
+    ]
+    for text in texts:
+        assert not math_worker.compare("5", text) and not math_worker.compare(text, "5")
+    assert math_worker.compare("\\frac{1}{2}", "0.5") and seen
+    assert all(re.fullmatch(r"(Integer|Float) \('?[\d.]+'? \)", code) for code in seen)
 
 
 def test_long_expressions_are_not_looked_at():

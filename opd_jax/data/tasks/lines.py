@@ -48,7 +48,7 @@ def read(path: str, *, task: str, holds: str) -> tuple[list[Line], str]:
     digest = hashlib.blake2b(digest_size=16)
     with _unpacked(path, where, remedy) as plain:
         numbered = files.read_lines(plain, where=where, remedy=remedy, digest=digest)
-        lines = [_line(f"{where}, line {number}", text) for number, text in numbered if text.strip()]
+        lines = [_line(f"{where}, line {number}", text, holds) for number, text in numbered if text.strip()]
     if not lines:
         raise UserError(f"{where}: has no lines; {remedy}")
     return lines, digest.hexdigest()
@@ -84,12 +84,14 @@ class _Bounded:
         return piece
 
 
-def _line(where: str, text: str) -> Line:
+def _line(where: str, text: str, holds: str) -> Line:
     try:
         fields = files.parse_json(text)
     except ValueError as error:
         raise UserError(f"{where}: is not JSON ({files.reason(error)}); write one object per line") from None
-    return Line(where, fields if isinstance(fields, dict) else {})
+    if not isinstance(fields, dict):
+        raise UserError(f"{where}: has no {holds}, but is a {type(fields).__name__}; write one object per line")
+    return Line(where, fields)
 
 
 @dataclasses.dataclass(frozen=True)

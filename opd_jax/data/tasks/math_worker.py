@@ -1,4 +1,4 @@
-"""Compares mathematical expressions, one pair per line. `math_checker` starts this file as a script; nothing imports it.
+"""Compares mathematical expressions, one pair per line. `math_checker` starts this file as a script.
 
 Reads JSON lines [reference, answer] and writes true, false or null (cannot be compared). A comparison that takes too much processor time
 ends the process: the signal's default action also interrupts arithmetic on huge integers, which an exception cannot.
@@ -16,10 +16,12 @@ CPU_SECONDS, MEMORY_BYTES = 3.0, 2**31
 
 
 def compare(reference: str, answer: str) -> bool | None:
-    from math_verify import parse, verify
+    from math_verify import LatexExtractionConfig, parse, verify
 
+    # Its other way of reading hands text to sympy's parse_expr, which evaluates it as Python.
+    latex = [LatexExtractionConfig()]
     try:
-        expected, given = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (reference, answer))
+        expected, given = (parse(f"\\boxed{{{text}}}", extraction_config=latex, parsing_timeout=None) for text in (reference, answer))
         return bool(verify(expected, given, timeout_seconds=None)) if expected and given else None
     except (Exception, RecursionError, MemoryError):  # sympy and its parser raise nearly everything
         return None
@@ -40,4 +42,5 @@ def main() -> None:
         print(json.dumps(value), file=results, flush=True)
 
 
-main()
+if __name__ == "__main__":
+    main()
