@@ -175,6 +175,15 @@ def test_two_processes_prepare_at_once(tmp_path):
     assert len(list((tmp_path / "cache" / "gsm8k").iterdir())) == 1
 
 
+def test_who_comes_second_keeps_what_the_first_has_prepared(tmp_path):
+    from opd_jax.data.tasks import gsm8k_builder
+
+    gsm8k_builder.open_prepared(PROBLEMS, "digest", tmp_path)
+    gsm8k_builder._prepare(PROBLEMS, tmp_path / "gsm8k" / "digest")
+    assert [path.name for path in (tmp_path / "gsm8k").iterdir()] == ["digest"]
+    assert len(gsm8k_builder.open_prepared(PROBLEMS, "digest", tmp_path)["train"]) == 8
+
+
 def write_parquet(folder, problems=PROBLEMS):
     import pyarrow
     import pyarrow.parquet

@@ -77,15 +77,16 @@ def test_the_last_box_counts(task):
 def test_hostile_expressions_end_and_the_next_one_is_compared(hostile):
     checker = math_checker.Checker(1)
     assert checker.equal("2", "2.0") is True
-    start = time.process_time()
+    start = time.monotonic()
     assert checker.equal("5", hostile) is None
-    assert time.process_time() - start < 1  # the work is elsewhere
+    assert time.monotonic() - start < math_checker.WALL_SECONDS / 2  # it is the processor time that ended it
     assert checker.equal("2", "2.0") is True and checker.equal("2", "3") is False
     checker.close()
 
 
 def test_no_text_of_a_model_is_evaluated(monkeypatch):
     """sympy reads its numerals by evaluating them as Python; nothing else may come there."""
+    import math_verify.parser
     import sympy.physics.units  # noqa: F401  (it reads names of its own in the same way when it is imported)
     from sympy.parsing import sympy_parser
 
@@ -93,6 +94,8 @@ def test_no_text_of_a_model_is_evaluated(monkeypatch):
 
     seen, evaluate = [], sympy_parser.eval_expr
     monkeypatch.setattr(sympy_parser, "eval_expr", lambda code, *others: (seen.append(code), evaluate(code, *others))[1])
+    handed = []
+    monkeypatch.setattr(math_verify.parser, "parse_expr_cached", lambda text: handed.append(text))
     texts = [
         "__import__('os')._exit(0)",
         "().__class__",
@@ -104,10 +107,12 @@ def test_no_text_of_a_model_is_evaluated(monkeypatch):
         "\\text{__import__('os')}",
         "os",
     ]
+    texts += ["=2/\n/5 5 ", "\n9^-\n=\\}", "\\}}$ 3*4295 the answer is "]  # in which LaTeX finds nothing, and the other way does
     for text in texts:
         assert not math_worker.compare("5", text) and not math_worker.compare(text, "5")
     assert math_worker.compare("\\frac{1}{2}", "0.5") and seen
     assert all(re.fullmatch(r"(Integer|Float) \('?[\d.]+'? \)", code) for code in seen)
+    assert handed == []
 
 
 def test_long_expressions_are_not_looked_at():
