@@ -234,8 +234,6 @@ def test_a_run_trains_the_adapter_alone_and_resumes_bit_for_bit(folders, tmp_pat
     assert all(float(abs(pair["b"]).max()) > 0 for pair in whole[1]["layers"]["0"]["attention"].values())
     saved = (tmp_path / "whole" / "checkpoints" / "4" / "state" / "_METADATA").read_text()
     assert "attention" in saved and "embed" not in saved  # neither the base nor moments of it
-    kl = [record["train/reverse_kl"] for record in metrics.read(tmp_path / "whole" / "metrics.jsonl")]
-    assert kl[-1] < kl[0]
 
 
 @pytest.mark.slow

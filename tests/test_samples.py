@@ -108,7 +108,7 @@ def test_on_a_mesh_a_few_rows_have_the_values_that_they_have_on_one_device(rows,
     params, model = models.tiny_model(vocab_size=259)
     teacher, _ = models.tiny_model(seed=1, vocab_size=259)
     prompts = models.ragged_prompts(rng, rows=rows)
-    batch = Batch([Example(i, f"prompt {i}", "", None) for i in range(rows)], jax.tree.map(np.asarray, prompts), 0)
+    batch = Batch([Example(i, f"prompt {i}", "", None) for i in range(rows)], *[jax.tree.map(np.asarray, prompts)] * 2, 0)
     rollout = models.ragged_rollout(rng, rows=rows)
     found = []
     for mesh in (parallel.make_mesh(), parallel.make_mesh(2, 2, 2)):
@@ -117,7 +117,7 @@ def test_on_a_mesh_a_few_rows_have_the_values_that_they_have_on_one_device(rows,
             completions = parallel.shard_batch(rollout, mesh)
             caplog.clear()
             placed = parallel.replicate((params, teacher), mesh)
-            annotated = log.annotate(*placed, prompts, completions)
+            annotated = log.annotate(*placed, batch, completions)
         assert rows % 4 or "replicated" not in caplog.text
         found.append(list(log.lines(5, batch, annotated)))
     assert len(found[0]) == min(samples, rows)
