@@ -40,7 +40,16 @@ def greedy(params, config, tokens_BS, mask_BS, count):
     return np.stack(tokens, axis=1)
 
 
-@pytest.fixture(scope="module", params=hf_oracle.CASES)
+def one_of_each_family_fast():
+    """All cases; those after the first of their family are slow."""
+    seen, params = set(), []
+    for name, fields in hf_oracle.CASES.items():
+        params.append(pytest.param(name, marks=[pytest.mark.slow] if fields["model_type"] in seen else []))
+        seen.add(fields["model_type"])
+    return params
+
+
+@pytest.fixture(scope="module", params=one_of_each_family_fast())
 def case(request, tmp_path_factory):
     """(oracle model, its folder) of every family and choice."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -68,6 +77,7 @@ def test_logits_equal_transformers(case, length):
     assert np.abs(logits_BLV - expected_BLV).max() < 2e-4 * np.abs(expected_BLV).max()
 
 
+@pytest.mark.slow
 def test_greedy_continuation_equals_transformers(case):
     oracle, folder = case
     params, config = hf.load(folder)
@@ -345,6 +355,7 @@ def test_gemma3_rotary_fields_agree_in_both_spellings():
     assert (defaults.rope_theta, defaults.rope_scaling, defaults.local_rope_theta) == (1e6, None, 1e4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_every_family_can_be_made_afresh(name):
     """From the fields of `student.init`, whose families are these."""

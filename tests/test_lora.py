@@ -24,6 +24,8 @@ from opd_jax.models.lora import LoraConfig
 from opd_jax.pair import open_pair
 from opd_jax.types import UserError
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ALL = LoraConfig(rank=3, alpha=6.0, modules=lora.MODULES)
 CASES = ("llama-head-dim", "llama-biases", "qwen2-tied", "qwen3")

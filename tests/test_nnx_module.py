@@ -17,6 +17,8 @@ from opd_jax import rollout, score
 from opd_jax.models import forward, nnx_module
 from opd_jax.types import Prompts, UserError, view
 
+pytestmark = pytest.mark.slow
+
 PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "nnx.md"
 SIZES = {"vocab_size": 43, "n_positions": 32, "n_embd": 24, "n_head": 3, "n_layer": 2}
 

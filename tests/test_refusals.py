@@ -25,6 +25,8 @@ from opd_jax.data import tokenizer
 from opd_jax.models import hf, weights
 from opd_jax.types import MESSAGE_LENGTH, UserError
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 

@@ -27,6 +27,7 @@ def dense_logp(params, config, prompts, rollout):
     return np.stack(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1, 5, 16])
 def test_log_probabilities_equal_dense_ones_row_by_row(width):
     params, config, prompts, rollout = case(width)

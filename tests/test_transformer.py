@@ -136,6 +136,7 @@ def experts_one_by_one(weights, config, x_BLD):
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalise", [False, True])
 def test_experts_and_their_gradients_equal_the_plain_sum(normalise):
     params, config = make("qwen3_moe", normalise_experts=normalise)
@@ -221,6 +222,7 @@ def test_rematerialisation_changes_memory_alone(name):
     assert repeats[0] == 0 and repeats[1] >= config.num_layers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3", "gemma2", "mistral-window"])
 def test_bfloat16_compute_with_float32_parameters(name):
     params, config = make(name)
@@ -251,6 +253,7 @@ CACHED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CACHED)
 @pytest.mark.parametrize("total", [12, 70])
 def test_cached_decoding_equals_the_whole_forward_pass(name, total):
