@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the layers unde
 
 QUICK = Limits(cpu_seconds=1, wall_seconds=5.0, memory_bytes=2**28, disk_bytes=2**20, output_bytes=2**16)
 ACTIVE = sandbox.active_layers() if sys.platform == "linux" else ()
-VISIBLE = {"tmp", "work", "dev", "etc", "bin", "lib", "lib64", "usr", sys.base_prefix.split("/")[1]}
+VISIBLE = {"tmp", "own", "dev", "etc", "bin", "lib", "lib64", "usr", sys.base_prefix.split("/")[1]}
 # Each set of layers is a machine that this one can stand for.
 MACHINES = {
     "all": ACTIVE,
@@ -348,13 +348,13 @@ def test_deep_recursion_is_an_exception(run):
 @pytest.mark.skipif("private root" not in ACTIVE, reason="this machine permits no private root")
 @pytest.mark.parametrize("machine", ["all", "no seccomp"], indirect=True)
 def test_escapes_from_the_private_root_fail(run):
-    assert run("import os\nos.chroot('/work')").status == "error"
-    assert run("import ctypes\nprint(ctypes.CDLL(None).mount(b'x', b'/work', b'tmpfs', 0, None))").stdout == "-1\n"
-    assert run("import ctypes\nprint(ctypes.CDLL(None).unshare(0x10000000), ctypes.CDLL(None).umount2(b'/work', 2))").stdout in (
+    assert run("import os\nos.chroot('/own')").status == "error"
+    assert run("import ctypes\nprint(ctypes.CDLL(None).mount(b'x', b'/own', b'tmpfs', 0, None))").stdout == "-1\n"
+    assert run("import ctypes\nprint(ctypes.CDLL(None).unshare(0x10000000), ctypes.CDLL(None).umount2(b'/own', 2))").stdout in (
         "-1 -1\n",
         "0 -1\n",
     )
-    assert run("import os\nos.mknod('/work/disk', 0o60600, os.makedev(8, 0))").status == "error"
+    assert run("import os\nos.mknod('/own/disk', 0o60600, os.makedev(8, 0))").status == "error"
     assert set(run("import os\nprint(*os.listdir('/'))").stdout.split()) <= VISIBLE
 
 
@@ -362,9 +362,9 @@ def test_escapes_from_the_private_root_fail(run):
 def test_the_private_root_holds_by_itself():
     """Without the layers that would refuse the same: the system is read-only, and the rights to change that are gone."""
     alone = ("namespaces", "private root")
-    for attempt in ("open('/usr/x', 'w')", "open('/x', 'w')", "os.mknod('/work/disk', 0o60600, os.makedev(8, 0))", "os.chroot('/work')"):
+    for attempt in ("open('/usr/x', 'w')", "open('/x', 'w')", "os.mknod('/own/disk', 0o60600, os.makedev(8, 0))", "os.chroot('/own')"):
         assert sandbox.run(f"import os\n{attempt}", layers=alone).status == "error", attempt
-    assert sandbox.run("import ctypes\nprint(ctypes.CDLL(None).umount2(b'/work', 2))", layers=alone).stdout == "-1\n"
+    assert sandbox.run("import ctypes\nprint(ctypes.CDLL(None).umount2(b'/own', 2))", layers=alone).stdout == "-1\n"
     assert not os.path.exists("/usr/x")
 
 

@@ -85,7 +85,7 @@ def enter_namespaces() -> None:
 
 
 def enter_private_root(root: str, disk_bytes: int) -> None:
-    """A root of its own: the interpreter and the system's libraries, read-only, and an empty /work in memory. All else is out of sight."""
+    """A root of its own: the interpreter and the system's libraries, read-only, and an empty /own in memory. All else is out of sight."""
     mount(None, "/", None, MS_REC | MS_PRIVATE)
     mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
     for source in dict.fromkeys([*SYSTEM, sys.base_prefix, sys.base_exec_prefix, *DEVICES]):
@@ -98,14 +98,14 @@ def enter_private_root(root: str, disk_bytes: int) -> None:
             mount(source, target, None, MS_BIND | MS_REC)
             if source not in DEVICES:
                 make_read_only(target)
-    os.mkdir(root + "/work")
-    mount("tmpfs", root + "/work", "tmpfs", MS_NOSUID | MS_NODEV, f"size={disk_bytes},nr_inodes={MOST_FILES},mode=700")
-    os.symlink("/work", root + "/tmp")
+    os.mkdir(root + "/own")
+    mount("tmpfs", root + "/own", "tmpfs", MS_NOSUID | MS_NODEV, f"size={disk_bytes},nr_inodes={MOST_FILES},mode=700")
+    os.symlink("/own", root + "/tmp")
     make_read_only(root, 0)
     os.chdir(root)
     syscall(MACHINES[platform.machine()]["pivot_root"], ctypes.c_char_p(b"."), ctypes.c_char_p(b"."))
     checked(libc.umount2(b".", MNT_DETACH), "umount of the old root")
-    os.chdir("/work")
+    os.chdir("/own")
 
 
 def restrict_files() -> None:

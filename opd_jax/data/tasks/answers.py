@@ -29,7 +29,7 @@ def numbers(text: str) -> list[str]:
     """All numbers of a text as they are written, without currency signs."""
     text = text.replace("−", "-").replace("\\!", "").replace("{,}", ",").replace("\\$", "").replace("$", "")
     text = _FRACTION.sub(r"\1/\2", text)
-    return [match.group() for match in _NUMBER.finditer(text) if match.group()]
+    return [found for match in _NUMBER.finditer(text) if (found := match.group()) and not found.startswith("/")]  # 1/2/3 is 1/2
 
 
 def exact(number: str) -> Fraction | None:
