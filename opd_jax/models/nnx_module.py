@@ -1,6 +1,7 @@
 """A flax `nnx.Module` as a model of this project: split once into a plain pytree, merged inside each call."""
 
 import dataclasses
+import functools
 
 import flax.struct
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from opd_jax import types
+from opd_jax.models.alignment import states_before
 from opd_jax.numerics.token_stats import DenseHead
 from opd_jax.types import UserError
 
@@ -35,9 +37,7 @@ class ModuleModel:
     valid_vocab_size: None = None  # every logit is of a token
 
     def hidden(self, params: dict, view: types.View) -> DenseHead:
-        tokens_BL = jnp.concatenate([view.prompt_BS, view.completion_BT], axis=1)[:, :-1]
-        mask_BL = jnp.concatenate([view.prompt_mask_BS.astype(bool), jnp.ones(view.completion_BT.shape, bool)], axis=1)[:, :-1]
-        return DenseHead(self._logits(params, tokens_BL, mask_BL)[:, view.prompt_BS.shape[1] - 1 :])
+        return DenseHead(states_before(view, functools.partial(self._logits, params)))
 
     def prefill(self, params: dict, tokens_BS: jax.Array, mask_BS: jax.Array, *, cache_length: int) -> tuple[jax.Array, TokenCache]:
         empty = ((0, 0), (0, cache_length - tokens_BS.shape[1]))

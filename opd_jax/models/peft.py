@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
@@ -44,8 +45,8 @@ def save(path: str | pathlib.Path, adapter: dict, config: LoraConfig, *, base: s
         safetensors.numpy.save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
         write_config(folder, config, base=base)
         (folder / _WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors writes files that nobody else may read
-    except OSError as error:
-        raise UserError(f"folder {folder}: cannot be written ({error.strerror or error}); give another one") from None
+    except (OSError, safetensors.SafetensorError) as error:  # the latter where the disk is full
+        raise UserError(f"folder {folder}: cannot be written ({files.reason(error)}); give another one") from None
 
 
 def write_config(folder: pathlib.Path, config: LoraConfig, *, base: str) -> None:

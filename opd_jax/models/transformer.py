@@ -15,6 +15,7 @@ from jax.nn import initializers
 from opd_jax import parallel, types
 from opd_jax.models import attention, lora, rope, spec
 from opd_jax.models import cache as cache_lib
+from opd_jax.models.alignment import states_before
 from opd_jax.models.cache import Cache
 from opd_jax.models.config import Layer, ModelConfig
 from opd_jax.models.spec import ParamSpec
@@ -106,12 +107,9 @@ def apply(params: dict, model_config: ModelConfig, tokens_BL: jax.Array, *, mask
 def hidden(params: dict, config: ModelConfig, view: types.View) -> Head:
     """What predicts a completion: `hidden_BTD[:, t]` speaks of `completion_BT[:, t]`.
 
-    The one function that shifts logits against tokens. Every row of the prompt needs a real token in its last place.
+    Every row of the prompt needs a real token in its last place.
     """
-    tokens_BL = jnp.concatenate([view.prompt_BS, view.completion_BT], axis=1)[:, :-1]
-    mask_BL = jnp.concatenate([view.prompt_mask_BS.astype(bool), jnp.ones(view.completion_BT.shape, bool)], axis=1)[:, :-1]
-    x_BLD, _ = _read(params, config, tokens_BL, mask_BL)
-    hidden_BTD = x_BLD[:, view.prompt_BS.shape[1] - 1 :]
+    hidden_BTD = states_before(view, lambda tokens_BL, mask_BL: _read(params, config, tokens_BL, mask_BL)[0])
     return Head(hidden_BTD, _unembedding(params, config), softcap=config.final_softcap, valid_V=_valid_vocabulary(config))
 
 
