@@ -37,8 +37,9 @@ class Reader:
         try:
             return self.tokenizer.render_chat([*messages, {"role": "user", "content": prompt}], self.template, **dict(self.variables))
         except Exception as error:  # a template is a program, and may raise what it likes
-            reason = " ".join(str(error).split())[:200]
-            raise ConfigError(f"the chat template cannot be rendered ({reason}); correct it, or give another template") from None
+            raise ConfigError(
+                f"the chat template cannot be rendered ({files.reason(error)}); correct it, or give another template"
+            ) from None
 
     @property
     def digest(self) -> str:

@@ -24,6 +24,22 @@ class Example:
 
 
 @dataclasses.dataclass(frozen=True)
+class Lazy(Sequence):
+    """Examples that are made when they are asked for."""
+
+    size: int
+    make: Callable[[int], Example]
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        return self.make(index)
+
+
+@dataclasses.dataclass(frozen=True)
 class Verdict:
     """`reward` 1 is a success. `feedback` says in words what was wrong."""
 

@@ -4,12 +4,13 @@ Examples are made on the spot: example i is a function of (seed, split, i).
 """
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Sequence
 
 import numpy as np
 
-from opd_jax.data.tasks import Example, Verdict
+from opd_jax.data.tasks import Example, Lazy, Verdict
 from opd_jax.types import UserError
 
 UNLIMITED = 2**24  # examples of an unlimited split
@@ -32,7 +33,7 @@ class Arithmetic:
 
     def examples(self, split: str) -> Sequence[Example]:
         sizes = {"train": self.train_size or UNLIMITED, "eval": self.eval_size}
-        return _Examples(self, split, sizes[split])
+        return Lazy(sizes[split], functools.partial(_example, self, split))
 
     def verify(self, example: Example, text: str) -> Verdict:
         """Exact match; the feedback names the first wrong value."""
@@ -44,29 +45,19 @@ class Arithmetic:
         return Verdict(0.0, f"{len(text)} values were given, there should be {len(example.answer)}")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Examples(Sequence):
-    task: Arithmetic
-    split: str
-    size: int
+def _example(task: Arithmetic, split: str, index: int) -> Example:
+    digits = _digits(task, split, index)
+    solution = running_values(digits)
+    return Example(id=index, prompt=f"{digits}=", solution=solution, answer=solution)
 
-    def __len__(self) -> int:
-        return self.size
 
-    def __getitem__(self, index: int) -> Example:
-        if not 0 <= index < self.size:
-            raise IndexError(index)
-        digits = self._digits(index)
-        solution = running_values(digits)
-        return Example(id=index, prompt=f"{digits}=", solution=solution, answer=solution)
-
-    def _digits(self, index: int) -> str:
-        """The first draw that belongs to this split, which a hash of the digits decides."""
-        rng = np.random.default_rng([self.task.seed, index, self.split == "eval"])
-        while True:
-            digits = "".join(map(str, rng.integers(0, 10, self.task.level)))
-            if (zlib.crc32(digits.encode()) % EVAL_SHARE == 0) == (self.split == "eval"):
-                return digits
+def _digits(task: Arithmetic, split: str, index: int) -> str:
+    """The first draw that belongs to this split, which a hash of the digits decides."""
+    rng = np.random.default_rng([task.seed, index, split == "eval"])
+    while True:
+        digits = "".join(map(str, rng.integers(0, 10, task.level)))
+        if (zlib.crc32(digits.encode()) % EVAL_SHARE == 0) == (split == "eval"):
+            return digits
 
 
 def running_values(digits: str) -> str:

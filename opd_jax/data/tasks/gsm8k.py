@@ -7,6 +7,7 @@ part of the reasoning.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -14,7 +15,7 @@ import re
 from collections.abc import Sequence
 
 from opd_jax import files
-from opd_jax.data.tasks import Example, Verdict, answers
+from opd_jax.data.tasks import Example, Lazy, Verdict, answers
 from opd_jax.data.tasks.lines import read as read_lines
 from opd_jax.types import UserError
 
@@ -45,22 +46,11 @@ class Gsm8k:
         return Verdict(0.0, f"the answer is {given[:80]}, it should be {example.answer}")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Examples(Sequence):
-    """Made on access from rows that stay on disk."""
-
-    rows: Sequence
-    size: int
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> Example:
-        if not 0 <= index < self.size:
-            raise IndexError(index)
-        row = self.rows[index]
-        question, answer = row["question"].decode(), row["answer"].decode()
-        return Example(index, f"{question}\n{INSTRUCTION}\n", solution=_NOTE.sub("", answer), answer=reference(answer))
+def _example(rows: Sequence, index: int) -> Example:
+    """Made on access, from rows that stay on disk."""
+    row = rows[index]
+    question, answer = row["question"].decode(), row["answer"].decode()
+    return Example(index, f"{question}\n{INSTRUCTION}\n", solution=_NOTE.sub("", answer), answer=reference(answer))
 
 
 def reference(answer: str) -> str | None:
@@ -83,7 +73,8 @@ def read(path: str, *, train_size: int, eval_size: int, cache_dir: str) -> Gsm8k
         raise UserError(f"task.path = {path!r}: has {len(rows['train'])} problems to train on; lower task.train_size = {train_size}")
     sources = gsm8k_builder.open_prepared(rows, digest, cache_dir)
     sizes = train_size or len(rows["train"]), min(eval_size, len(rows["test"]))
-    return Gsm8k(_Examples(sources["train"], sizes[0]), _Examples(sources["test"], sizes[1]), digest)
+    train, held_out = (Lazy(size, functools.partial(_example, sources[split])) for split, size in zip(SPLITS, sizes, strict=True))
+    return Gsm8k(train, held_out, digest)
 
 
 def _folder(path: str) -> pathlib.Path:
