@@ -4,9 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from opd_jax.numerics import entries
+from opd_jax.numerics.signals import SAMPLED_TAILS
 from opd_jax.numerics.token_stats import DenseHead, Signal, Target, token_stats
-
-SUPPORTS = ("full", "sampled")
 
 
 def divergence(
@@ -32,25 +31,24 @@ def divergence(
         skew_forward_kl  KL(q || beta q + (1 - beta) p)
         skew_reverse_kl  KL(p || beta p + (1 - beta) q)
 
-    support "full" sums over the vocabulary. "sampled" needs `tokens_BT` drawn from p and promises the expected gradient only; its value is
-    not a divergence. `k` and `tail` belong to top-k supports, of which there are none yet. Temperatures divide logits; no tau^2 factor.
-    Raises ValueError for unknown names, beta missing or outside [0, 1], shapes that differ, and "sampled" without tokens.
+    Supports and tails as in `Signal`: "full" sums over the vocabulary; the top-k ones (topk_teacher, topk_student, topk_union, each also
+    with "+token") need `k`, and `tail` says what becomes of the rest. `k` with another support is refused, as is a `tail` that is not the
+    default. "sampled" and the sampled tails need `tokens_BT` drawn from p and promise the expected gradient only (of "sampled_tail" that
+    of "full"), their value is not a divergence; "+token" needs them too. Temperatures divide logits; no tau^2 factor.
+    Raises ValueError for unknown names, beta missing or outside [0, 1], k missing or below 1, shapes that differ, and tokens missing.
     """
     if kind not in entries.DIVERGENCES:
         raise ValueError(f"kind = {kind!r} is not known; valid: {', '.join(entries.DIVERGENCES)}")
-    if support not in SUPPORTS:
-        raise ValueError(f"support = {support!r} is not known; valid: {', '.join(SUPPORTS)}")
-    if k is not None:
-        raise ValueError(f"k = {k!r} is for top-k supports; support = {support!r} takes none")
-    if tail != "renormalise":
-        raise ValueError(f"tail = {tail!r} is for top-k supports; support = {support!r} takes none")
+    signal = Signal(
+        kind, support, tail=tail, k=k, beta=beta, student_temperature=student_temperature, teacher_temperature=teacher_temperature
+    )
     if student_logits_BTV.ndim != 3 or student_logits_BTV.shape != teacher_logits_BTV.shape:
         raise ValueError(
             f"logits of student and teacher have shapes {student_logits_BTV.shape} and {teacher_logits_BTV.shape}, both must be [B, T, V]"
         )
-    if support == "sampled" and tokens_BT is None:
-        raise ValueError("support = 'sampled' needs tokens_BT, the tokens that the student drew")
+    if signal.reads_tokens and tokens_BT is None:
+        named = f"tail = {tail!r}" if tail in SAMPLED_TAILS else f"support = {support!r}"
+        raise ValueError(f"{named} needs tokens_BT, the tokens that the student drew")
     tokens_BT = jnp.zeros(student_logits_BTV.shape[:-1], jnp.int32) if tokens_BT is None else tokens_BT
-    signal = Signal(kind, support, beta, student_temperature, teacher_temperature)
     target = Target((DenseHead(teacher_logits_BTV),))
     return token_stats(DenseHead(student_logits_BTV), target, tokens_BT, signal=signal, needs=("local",)).local_BT

@@ -57,6 +57,19 @@ def entry(kind: str, beta: float | None) -> Entry:
     }[kind]
 
 
+def linear(kind: str, beta: float | None) -> float:
+    """c of a divergence: f is the plain term, such as p log(p/q), and c (p - q). Of the plain term p df/dp is slope - c p."""
+    beta = 0.0 if beta is None else float(beta)
+    return {
+        "reverse_kl": -1.0,
+        "forward_kl": 1.0,
+        "jsd": {0.0: 1.0, 1.0: -1.0}.get(beta, 0.0),
+        "jsd_continuous": 1 - 2 * beta,
+        "skew_forward_kl": 1 - beta,
+        "skew_reverse_kl": beta - 1,
+    }[kind]
+
+
 def _limit(kind: str, beta: float) -> Entry:
     """What the mixtures become at beta 0 and 1; the skewed divergences at 1 compare a law with itself."""
     if kind in ("jsd", "jsd_continuous"):

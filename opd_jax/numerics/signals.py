@@ -1,0 +1,100 @@
+"""Signal: which per-token loss compares student and teacher, on which part of the vocabulary."""
+
+import dataclasses
+
+from opd_jax.numerics import entries
+
+TOPK = ("topk_teacher", "topk_student", "topk_union")
+SUPPORTS = ("full", "sampled", *TOPK, *(f"{name}+token" for name in TOPK))
+TAILS = ("generalised", "sampled_tail", "renormalise", "bucket", "none", "sampled_tail_published")
+SAMPLED_TAILS = ("sampled_tail", "sampled_tail_published")
+
+
+@dataclasses.dataclass(frozen=True)
+class Signal:
+    """Which per-token loss: a sum of the kind's entries f(p, q) (entries.py) over a support, and what is done about the rest.
+
+    Supports:
+        full      the vocabulary
+        sampled   sg(df/dp(y)) log p(y), right in expectation over y ~ p
+        topk_teacher, topk_student, topk_union (of both)   the `k` most probable tokens; with "+token" the sampled one too, counted once.
+                  With `k` at least the vocabulary they are `full`, whatever the tail.
+
+    Tails of a top-k S, which is data without a gradient:
+        generalised   sum over S of f; exactly 0 with no gradient at p = q, and at least 0
+        sampled_tail  that, and 1[y outside] sg(df/dp(y)) log p(y): the expected gradient of `full` (with +token, y is never outside)
+        renormalise   f between the two laws renormalised on S; the mass on S itself is free
+        bucket        S and one entry for the rest: a divergence, at most the full one
+        none          sum over S of f without its linear part, such as p log(p/q): BIASED, no minimum at p = q (reverse_kl alone has its
+                      minimum at p = q/e on S), for study
+        sampled_tail_published  `none`, and 1[y outside] sg(log p/q(y)) log p(y): BIASED by grad p(S), reverse_kl alone, for study
+
+    `beta` is used by the mixtures (jsd, jsd_continuous, skew_*), others ignore it; temperatures divide logits. `k` is given exactly with a
+    top-k; another tail than the default is for a top-k too. Losses that are not divergences take `full` alone. Raises ValueError.
+    """
+
+    kind: str
+    support: str = "full"
+    _: dataclasses.KW_ONLY
+    tail: str = "renormalise"
+    k: int | None = None
+    beta: float | None = None
+    student_temperature: float = 1.0
+    teacher_temperature: float = 1.0
+
+    def __post_init__(self):
+        for field, value, valid in (
+            ("divergence", self.kind, entries.KINDS),
+            ("support", self.support, SUPPORTS),
+            ("tail", self.tail, TAILS),
+        ):
+            if value not in valid:
+                raise ValueError(f"signal.{field} = {value!r} is not known; valid: {', '.join(valid)}")
+        if self.support != "full" and self.kind not in entries.DIVERGENCES:
+            raise ValueError(f"signal.support = {self.support!r} is for divergences, not for signal.divergence = {self.kind!r}; use 'full'")
+        self._check_topk()
+        if entries.DIVERGENCES.get(self.kind):
+            self._check_beta()
+        for name in ("student_temperature", "teacher_temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"loss.{name} = {getattr(self, name)!r} must be above 0")
+
+    def _check_topk(self):
+        if not self.is_topk:
+            for name, value, default in (("k", self.k, None), ("tail", self.tail, "renormalise")):
+                if value != default:
+                    raise ValueError(
+                        f"signal.{name} = {value!r} is for top-k supports ({', '.join(TOPK)}), signal.support = {self.support!r} takes none"
+                    )
+        elif not isinstance(self.k, int) or self.k < 1:
+            raise ValueError(f"signal.k = {self.k!r} must be a whole number of at least 1 for signal.support = {self.support!r}")
+        if self.tail == "sampled_tail_published" and self.kind != "reverse_kl":
+            raise ValueError(
+                f"signal.tail = {self.tail!r} is for signal.divergence = 'reverse_kl', not for {self.kind!r}; use 'sampled_tail'"
+            )
+
+    def _check_beta(self):
+        if self.beta is None or not 0 <= self.beta <= 1:
+            raise ValueError(f"signal.beta = {self.beta!r} must be between 0 and 1 for signal.divergence = {self.kind!r}")
+        if self.kind == "jsd" and 0 < min(self.beta, 1 - self.beta) < 1e-3:
+            raise ValueError(
+                f"signal.beta = {self.beta!r} makes signal.divergence = 'jsd' vanish (it tends to 0 at both ends, a KL exactly there); "
+                "use 0, 1, or a value from 0.001 to 0.999"
+            )
+
+    @property
+    def needs_target(self) -> bool:
+        return self.kind not in ("nll", "negative_entropy")
+
+    @property
+    def is_topk(self) -> bool:
+        return self.support.startswith("topk")
+
+    @property
+    def adds_token(self) -> bool:
+        return self.support.endswith("+token")
+
+    @property
+    def reads_tokens(self) -> bool:
+        """The loss depends on the token that was sampled."""
+        return self.support == "sampled" or self.adds_token or self.tail in SAMPLED_TAILS or self.kind == "nll"
