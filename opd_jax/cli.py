@@ -89,7 +89,7 @@ def _parse_flags() -> list[str]:
 
 def _check_config_files() -> None:
     """Of a pipe or a device no end may come, so that it must not be opened."""
-    for argument, following in zip(sys.argv[1:], [*sys.argv[2:], ""], strict=True):
+    for argument, following in zip(sys.argv[1:], [*sys.argv[2:], ""], strict=False):  # without arguments the second has one too many
         name, given, value = argument.partition("=")
         path = (value if given else following).partition(":")[0]
         if name in ("--config", "-config") and os.path.exists(path) and not os.path.isfile(path):

@@ -81,6 +81,8 @@ def setup(
     objective = objective_lib.from_config(parsed, has_teacher=bool(parsed.teacher.path or parsed.teacher.recipe))
     workdir_lib.check(workdir, asked)
     trackers.check(parsed.log)
+    if parsed.rollout.source == "student":
+        progress.phase(f"gradient: {objective_lib.claim(objective)}")
     mesh = parallel.make_mesh(parsed.mesh.data, parsed.mesh.fsdp, parsed.mesh.tensor)
     task = tasks.from_config(parsed, own_task)
     _warn_of_other_laws(parsed)
@@ -139,10 +141,12 @@ def _warn_of_other_laws(config: Config) -> None:
     law = {name: getattr(asked, name) for name in ("top_p", "top_k", "min_p") if getattr(asked, name) != getattr(whole, name)}
     if config.rollout.temperature != config.loss.student_temperature:
         law |= {"temperature": config.rollout.temperature, "loss.student_temperature": config.loss.student_temperature}
-    if law and config.rollout.source == "student":
+    if law and config.rollout.source == "student" and config.estimator.importance == "none":
         fields = ", ".join(f"{name} = {value}" for name, value in law.items())
         log.warning(
-            "completions are drawn from another law than the policy in the loss (%s): the estimators' claims do not hold for it", fields
+            "completions are drawn from another law than the policy in the loss (%s): the estimators' claims do not hold for it; "
+            "estimator.importance = 'cumulative' corrects what the law can draw",
+            fields,
         )
 
 

@@ -127,13 +127,11 @@ def gradient(
 ):
     """(loss, sums of per-token statistics, gradient by `params`) of a batch, the same at any number of microbatches."""
 
-    def piece(micro: Batch):
-        target = None
-        if teacher_config is not None:
-            target = Target((jax.lax.stop_gradient(forward.hidden(teacher_params, teacher_config, micro.teacher)),))
+    read = functools.partial(_heads, student_config, teacher_config, teacher_params, attach, base)
 
+    def piece(micro: Batch):
         def loss(params):
-            head = forward.hidden(attach(base, params) if attach else params, student_config, micro.student)
+            head, target = read(params, micro)
             return objective_lib.loss(
                 objective, head, target, micro.student.completion_BT, micro.context, micro.weights_BT, micro.denominator
             )
@@ -143,10 +141,32 @@ def gradient(
 
     if microbatches == 1:
         return piece(batch)
+    if objective.estimator.looks_across:
+        batch = _prepare(objective, functools.partial(read, params), batch, microbatches)
     pieces = _split(batch, microbatches)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(piece, jax.tree.map(lambda x: x[0], pieces)))
     total, _ = jax.lax.scan(lambda total, micro: (jax.tree.map(jnp.add, total, piece(micro)), None), zeros, pieces)
     return total
+
+
+def _heads(student_config, teacher_config, teacher_params, attach: Attach, base, params, micro: Batch):
+    """(what the student says, what it is compared with) for some rows; the teacher has no gradient."""
+    target = None
+    if teacher_config is not None:
+        target = Target((jax.lax.stop_gradient(forward.hidden(teacher_params, teacher_config, micro.teacher)),))
+    return forward.hidden(attach(base, params) if attach else params, student_config, micro.student), target
+
+
+def _prepare(objective: objective_lib.Objective, read: Callable, batch: Batch, microbatches: int) -> Batch:
+    """What looks across rows, made before the batch is split: one more pass of student and teacher, without gradients."""
+
+    def piece(_, micro: Batch):
+        head, target = read(micro)
+        return None, objective_lib.statistics(objective, head, target, micro.student.completion_BT)
+
+    _, stats = jax.lax.scan(piece, None, _split(batch, microbatches))
+    whole = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), stats)
+    return batch.replace(context=objective_lib.prepared(objective, whole, batch.context))
 
 
 def _split(batch: Batch, microbatches: int) -> Batch:

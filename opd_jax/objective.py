@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from opd_jax.config import Config, ConfigError, check_choice
-from opd_jax.numerics import credit, entries, estimators, masked
+from opd_jax.numerics import baselines, credit, entries, estimators, importance, masked
 from opd_jax.numerics.estimators import Context, Estimator
 from opd_jax.numerics.token_stats import Head, Signal, Stats, Target, token_stats
 
@@ -33,31 +33,53 @@ class Objective:
 
 def from_config(config: Config, *, has_teacher: bool) -> Objective:
     """The objective of a validated config. Raises ConfigError for a signal or credit that does not exist or does not fit."""
-    signal, loss = config.signal, config.loss
-    check_choice("signal.divergence", signal.divergence, entries.KINDS)
-    check_choice("signal.support", signal.support, ("full", "sampled"))
-    check_choice("estimator.credit", config.estimator.credit, credit.CREDITS)
-    try:
-        built = estimators.build(
-            Signal(
-                kind=signal.divergence,
-                support=signal.support,
-                beta=signal.beta,
-                student_temperature=loss.student_temperature,
-                teacher_temperature=loss.teacher_temperature,
-            ),
-            config.estimator.credit,
-            config.estimator.gamma,
-        )
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    built = _estimator(config)
     if built.signal.needs_target and not has_teacher:
         raise ConfigError(
-            f"config field teacher.path = '' must name a model, because signal.divergence = {signal.divergence!r} needs a teacher"
+            f"config field teacher.path = '' must name a model, because signal.divergence = {config.signal.divergence!r} needs a teacher"
         )
     # Cross-entropy needs no teacher, and the metrics that compare with one speak of the student's own completions.
     scored = has_teacher and (built.signal.needs_target or config.rollout.source == "student")
-    return Objective(built, loss.normaliser, config.rollout.max_new_tokens, scored)
+    return Objective(built, config.loss.normaliser, config.rollout.max_new_tokens, scored)
+
+
+def _estimator(config: Config) -> Estimator:
+    signal, loss, asked = config.signal, config.loss, config.estimator
+    check_choice("signal.divergence", signal.divergence, entries.KINDS)
+    check_choice("signal.support", signal.support, ("full", "sampled"))
+    check_choice("estimator.credit", asked.credit, credit.CREDITS)
+    check_choice("estimator.baseline", asked.baseline, baselines.BASELINES)
+    check_choice("estimator.importance", asked.importance, importance.CORRECTIONS)
+    if asked.baseline == "leave_one_out" and config.rollout.group_size < 2:
+        raise ConfigError(
+            f"config field estimator.baseline = 'leave_one_out' needs rollout.group_size of at least 2, not {config.rollout.group_size}"
+        )
+    if asked.importance != "none" and config.rollout.source == "dataset":
+        raise ConfigError(
+            f"config field estimator.importance = {asked.importance!r} needs the law that wrote the completions, which rollout.source = "
+            "'dataset' does not give; use 'none', or rollout.source = 'student' or 'teacher'"
+        )
+    compared = Signal(
+        kind=signal.divergence,
+        support=signal.support,
+        beta=signal.beta,
+        student_temperature=loss.student_temperature,
+        teacher_temperature=loss.teacher_temperature,
+    )
+    choices = {name: getattr(asked, name) for name in ("exact_future", "baseline", "importance", "clip")}
+    try:
+        return estimators.build(compared, asked.credit, asked.gamma, **choices)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def claim(objective: Objective) -> str:
+    """Which gradient a run follows, in one line, for completions that the policy itself wrote."""
+    uneven = {
+        "token_mean": "; its weights depend on the lengths in the batch (loss.normaliser=token_mean)",
+        "sequence_mean": "; each completion is weighed by 1 / its length (loss.normaliser=sequence_mean)",
+    }
+    return objective.estimator.claim + uneven.get(objective.normaliser, "")
 
 
 def normalise(objective: Objective, context: Context) -> tuple[jax.Array, jax.Array]:
@@ -77,12 +99,26 @@ def loss(
     """(the share of these rows in the loss, masked sums for the metrics). Shares and sums of microbatches add up."""
     signal = objective.estimator.signal
     stats = token_stats(student, target, tokens_BT, signal=signal, needs=objective.needs)
+    context = prepared(objective, stats, context)
     shown = stats
     if (signal.student_temperature, signal.teacher_temperature) != (1.0, 1.0):
         shown = token_stats(jax.lax.stop_gradient(student), target, tokens_BT, signal=Signal("nll"), needs=objective.shown)
     term = objective.estimator.terms(stats, context)
     loss_B = estimators.loss_B(stats, dataclasses.replace(term, mask_BT=term.mask_BT * weights_BT))
     return jnp.sum(loss_B) / denominator, jax.lax.stop_gradient(_sums(shown, context))
+
+
+def statistics(objective: Objective, student: Head, target: Target | None, tokens_BT: jax.Array) -> Stats:
+    """What the estimator looks at, without a gradient: for `prepared`, where a batch is split."""
+    stats = token_stats(student, target, tokens_BT, signal=objective.estimator.signal, needs={"logp", *objective.estimator.needs})
+    return jax.lax.stop_gradient(stats)
+
+
+def prepared(objective: Objective, stats: Stats, context: Context) -> Context:
+    """The context with what looks across rows, from the statistics of the whole batch; once it is there it stays."""
+    if not objective.estimator.looks_across or context.baseline_BT is not None:
+        return context
+    return objective.estimator.prepare(jax.lax.stop_gradient(stats), context)
 
 
 def _sums(stats: Stats, context: Context) -> dict[str, jax.Array]:

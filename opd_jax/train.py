@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 
 from opd_jax import checkpoint, learner, parallel
 from opd_jax import config as config_lib
@@ -55,7 +56,11 @@ def run(config, workdir, *, task: Task | None = None, stop: StopRequest | None =
 def make_batch(job: Job, prompts: Batch, completions: Rollout) -> learner.Batch:
     """What student and teacher read for these completions, and what looks across rows."""
     student, teacher = parallel.shard_batch((prompts.prompts, prompts.teacher_prompts), job.mesh)
-    context = Context(mask_BT=completions.mask_BT, behaviour_logp_BT=completions.behaviour_logp_BT)
+    context = Context(
+        mask_BT=completions.mask_BT,
+        behaviour_logp_BT=completions.behaviour_logp_BT,
+        group_B=jnp.arange(len(completions.mask_BT)) // job.config.rollout.group_size,
+    )
     teacher_view = view(teacher, completions) if job.objective.has_teacher else None
     return learner.place(job.mesh, learner.make_batch(job.objective, view(student, completions), teacher_view, context))
 

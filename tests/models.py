@@ -54,5 +54,6 @@ def ragged_rollout(rng, rows=8, length=7, vocab_size=17) -> Rollout:
     return Rollout(jnp.where(mask_BT, tokens_BT, 0), mask_BT, zeros_BT, zeros_BT, jnp.arange(rows, dtype=jnp.uint32), jnp.ones(rows, bool))
 
 
-def context_of(rollout: Rollout) -> Context:
-    return Context(mask_BT=rollout.mask_BT, behaviour_logp_BT=rollout.behaviour_logp_BT)
+def context_of(rollout: Rollout, group_size: int = 2) -> Context:
+    group_B = jnp.arange(len(rollout.mask_BT)) // group_size
+    return Context(mask_BT=rollout.mask_BT, behaviour_logp_BT=rollout.behaviour_logp_BT, group_B=group_B)

@@ -24,15 +24,18 @@ LOSSES = {
     "sampled": ("reverse_kl", "sampled", "token"),
     "to_go": ("reverse_kl", "sampled", "to_go"),
     "nll": ("nll", "full", "token"),
+    "leave_one_out": ("reverse_kl", "sampled", "to_go", {"baseline": "leave_one_out", "exact_future": True}),
+    "position_mean": ("reverse_kl", "full", "to_go", {"baseline": "position_mean"}),
+    "cumulative": ("reverse_kl", "sampled", "to_go", {"importance": "cumulative", "baseline": "batch_mean"}),
 }
 
 
 def make_objective(name="reverse_kl", normaliser="token_mean", has_teacher=True):
-    divergence, support, credit = LOSSES[name]
+    divergence, support, credit, *choices = LOSSES[name]
     config = config_lib.Config(
-        rollout=config_lib.Rollout(max_new_tokens=7),
+        rollout=config_lib.Rollout(max_new_tokens=7, group_size=2),
         signal=config_lib.Signal(divergence, support),
-        estimator=config_lib.Estimator(credit),
+        estimator=config_lib.Estimator(credit, **(choices[0] if choices else {})),
         loss=config_lib.Loss(normaliser=normaliser),
     )
     return objective.from_config(config, has_teacher=has_teacher)

@@ -5,16 +5,37 @@ An `Enumerable` holds every completion of a student, its teacher's logits and it
 """
 
 import dataclasses
+import functools
 import itertools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax.numerics.divergences import divergence
+from opd_jax import sampler
 from opd_jax.numerics.estimators import TARGETS, Estimator
+from opd_jax.numerics.token_stats import DenseHead, Target, token_stats
+
+# Floats of the estimates that are in memory at once.
+CHUNK = 2**21
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["logp_NTV", "logp_NT", "probability_N"], meta_fields=[])
+@dataclasses.dataclass(frozen=True, eq=False)
+class SamplingLaw:
+    """What draws the completions of an `Enumerable`: log-probs of all tokens and of those that stand there (0 where masked)."""
+
+    logp_NTV: jax.Array
+    logp_NT: jax.Array
+    probability_N: jax.Array
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["theta_FV", "features_NTF", "teacher_logits_NTV", "tokens_NT", "mask_NT"],
+    meta_fields=["name"],
+)
 @dataclasses.dataclass(frozen=True, eq=False)
 class Enumerable:
     """A student, its teacher, and all N completions: `features_NTF @ theta_FV` are the student's logits before each token."""
@@ -34,43 +55,132 @@ class Enumerable:
 
     def log_probability(self, logits_NTV: jax.Array) -> jax.Array:
         """log pi of each completion, [N]; tokens with mask 0 are given by the environment."""
-        logp_NT = jnp.take_along_axis(jax.nn.log_softmax(logits_NTV), self.tokens_NT[..., None], axis=-1)[..., 0]
-        return jnp.sum(jnp.where(self.mask_NT, logp_NT, 0), axis=1)
+        return jnp.sum(self.token_logp(jax.nn.log_softmax(logits_NTV)), axis=1)
+
+    def token_logp(self, logp_NTV: jax.Array) -> jax.Array:
+        """Log-probs of the tokens that stand there, [N, T]; 0 where the mask is 0."""
+        return jnp.where(self.mask_NT, jnp.take_along_axis(logp_NTV, self.tokens_NT[..., None], axis=-1)[..., 0], 0)
 
     @property
     def probability_N(self) -> jax.Array:
         return jnp.exp(self.log_probability(self.logits(self.theta_FV)))
 
+    def law(self, logits_NTV: jax.Array | None = None, **change) -> SamplingLaw:
+        """The law that draws from logits (None: the student's own) changed by temperature, top_p, top_k or min_p, as the sampler does.
+
+        Logits of older parameters give a stale law, `teacher_logits_NTV` the completions of the teacher.
+        """
+        return _law(self, logits_NTV, sampler.Law(**change))
+
     def gradients(self, estimator: Estimator) -> jax.Array:
-        """The estimate of every completion, [N, F * V]."""
+        """The estimate of every completion, each a batch of its own drawn from the student, [N, F * V]."""
+        return _estimates(estimator, self, self.law(), {"index": np.arange(len(self.tokens_NT))[:, None]})
 
-        def surrogate(theta_FV):
-            return estimator.surrogate(self.logits(theta_FV), self.teacher_logits_NTV, self.tokens_NT, self.mask_NT)
+    def expected_gradient(
+        self, estimator: Estimator, *, rollouts: int = 1, law: SamplingLaw | None = None, extra_samples: int = 0
+    ) -> jax.Array:
+        """The mean, [F * V], of the estimate from a batch of `rollouts` completions of one prompt (the mean of their losses).
 
-        return jax.jacrev(surrogate)(self.theta_FV).reshape(len(self.tokens_NT), -1)
+        All tuples of completions are listed. `law` draws them (None: the student). `extra_samples` further tokens of the same law at each
+        position go to the surrogate as `extra_tokens_BTN`.
+        """
+        return self._moments(estimator, rollouts, law, extra_samples)[0]
 
-    def expected_gradient(self, estimator: Estimator) -> jax.Array:
-        return self.probability_N @ self.gradients(estimator)
+    def trace_covariance(
+        self, estimator: Estimator, *, rollouts: int = 1, law: SamplingLaw | None = None, extra_samples: int = 0
+    ) -> jax.Array:
+        """Trace of the covariance of the estimate from a batch of `rollouts` completions; arguments as `expected_gradient`."""
+        return self._moments(estimator, rollouts, law, extra_samples)[1]
 
-    def trace_covariance(self, estimator: Estimator) -> jax.Array:
-        """Trace of the covariance of the estimate from one rollout."""
-        gradients = self.gradients(estimator)
-        mean = self.probability_N @ gradients
-        return self.probability_N @ jnp.sum(jnp.square(gradients - mean[None]), axis=1)
-
-    def exact_gradient(self, target: str) -> jax.Array:
+    def exact_gradient(self, target: str, *, law: SamplingLaw | None = None) -> jax.Array:
         """The gradient that a target's name means, [F * V], by autodiff on its definition."""
-        return jax.grad(self.objective, argnums=1)(target, self.theta_FV).ravel()
+        return _target_gradient(target, self, self.law() if law is None else law)
 
-    def objective(self, target: str, theta_FV: jax.Array) -> jax.Array:
-        """The scalar whose gradient is the target; token-level ones hold the law of the prefixes fixed."""
+    def objective(self, target: str, theta_FV: jax.Array, *, law: SamplingLaw | None = None) -> jax.Array:
+        """The scalar whose gradient is the target. Token-level ones hold the law of the prefixes fixed: `law`, or the student's."""
         logits_NTV = self.logits(theta_FV)
         if target == "sequence_reverse_kl":
             logp_N = self.log_probability(logits_NTV)
             return jnp.sum(jnp.exp(logp_N) * (logp_N - self.log_probability(self.teacher_logits_NTV)))
+        student, teacher = DenseHead(logits_NTV), DenseHead(self.teacher_logits_NTV)
         signal = TARGETS[target]
-        local_NT = divergence(logits_NTV, self.teacher_logits_NTV, kind=signal.kind, beta=signal.beta)
-        return jnp.sum(self.probability_N * jnp.sum(jnp.where(self.mask_NT, local_NT, 0), axis=1))
+        local_NT = token_stats(student, Target((teacher,)), self.tokens_NT, signal=signal, needs=("local",)).local_BT
+        probability_N = (self.law() if law is None else law).probability_N
+        return jnp.sum(probability_N * jnp.sum(jnp.where(self.mask_NT, local_NT, 0), axis=1))
+
+    def _moments(self, estimator, rollouts: int, law: SamplingLaw | None, extra_samples: int) -> tuple[jax.Array, jax.Array]:
+        """(mean, trace of the covariance), merged over chunks as Chan, Golub and LeVeque (1983): no difference of large numbers."""
+        law = self.law() if law is None else law
+        total, mean, squares = 0.0, 0.0, 0.0
+        for weight_C, rows in _tuples(_draws(self, law, extra_samples), rollouts, CHUNK // self.theta_FV.size):
+            estimates = np.asarray(_estimates(estimator, self, law, rows))
+            weight = weight_C.sum()
+            own_mean = weight_C @ estimates / weight
+            squares += weight_C @ np.sum((estimates - own_mean) ** 2, axis=1)
+            squares += np.sum((own_mean - mean) ** 2) * total * weight / (total + weight)
+            mean = mean + (own_mean - mean) * weight / (total + weight)
+            total += weight
+        return jnp.asarray(mean), jnp.asarray(squares / total)
+
+
+@functools.partial(jax.jit, static_argnames="change")
+def _law(model: Enumerable, logits_NTV: jax.Array | None, change: sampler.Law) -> SamplingLaw:
+    logits_NTV = model.logits(model.theta_FV) if logits_NTV is None else logits_NTV
+    logp_NTV = sampler.law_logp(logits_NTV.reshape(-1, logits_NTV.shape[-1]), change).reshape(logits_NTV.shape)
+    logp_NT = model.token_logp(logp_NTV)
+    return SamplingLaw(logp_NTV, logp_NT, jnp.exp(jnp.sum(logp_NT, axis=1)))
+
+
+@functools.partial(jax.jit, static_argnames="target")
+def _target_gradient(target: str, model: Enumerable, law: SamplingLaw) -> jax.Array:
+    return jax.grad(lambda theta_FV: model.objective(target, theta_FV, law=law))(model.theta_FV).ravel()
+
+
+@functools.partial(jax.jit, static_argnames="estimator")
+def _estimates(estimator: Estimator, model: Enumerable, law: SamplingLaw, rows: dict[str, np.ndarray]) -> jax.Array:
+    """The estimate of each of C batches of R rollouts, [C, F * V]: the gradient of the mean of the rows' losses.
+
+    `rows` has which completions they are, `index` [C, R], and their `extra` tokens [C, R, T, N], if any.
+    """
+    logits_NTV = model.logits(model.theta_FV)
+
+    def one(batch):
+        row = batch["index"]
+        more = {"extra_tokens_BTN": batch["extra"]} if "extra" in batch else {}
+        drawn = {"behaviour_logp_BT": law.logp_NT[row], "group_B": jnp.zeros_like(row), **more}
+        given = (model.teacher_logits_NTV[row], model.tokens_NT[row], model.mask_NT[row])
+        gradient = jax.grad(lambda logits: jnp.mean(estimator.surrogate(logits, *given, **drawn)))(logits_NTV[row])
+        return jnp.einsum("rtf,rtv->fv", model.features_NTF[row], gradient).ravel()
+
+    return jax.vmap(one)(rows)
+
+
+def _draws(model: Enumerable, law: SamplingLaw, extra_samples: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """(probabilities, what is drawn) of one rollout: a completion that the law can give, and extra tokens at its own positions."""
+    probability_N, mask_NT = np.asarray(law.probability_N), np.asarray(model.mask_NT)
+    index = np.flatnonzero(probability_N > 0)  # what is never drawn has no estimate
+    if not extra_samples:
+        return probability_N[index], {"index": index}
+    p_NTV = np.exp(np.asarray(law.logp_NTV))
+    tokens = np.array(list(itertools.product(range(p_NTV.shape[-1]), repeat=extra_samples)))
+    rows = [(n, combination) for n in index for combination in itertools.product(*(range(len(tokens) if own else 1) for own in mask_NT[n]))]
+    index, chosen = np.array([n for n, _ in rows]), np.array([combination for _, combination in rows])
+    extra_RTK = tokens[chosen]
+    p_RTK = np.take_along_axis(p_NTV[index], extra_RTK, axis=-1)
+    weight_R = probability_N[index] * np.where(mask_NT[index][..., None], p_RTK, 1).prod(axis=(1, 2))
+    return weight_R, {"index": index, "extra": extra_RTK}
+
+
+def _tuples(draws, rollouts: int, chunk: int) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """All tuples of `rollouts` draws, `chunk` at a time, with their probabilities; the last chunk is filled up with weight 0."""
+    weight_R, rows = draws
+    count = len(weight_R) ** rollouts
+    chunk = max(min(chunk, count), 1)
+    for start in range(0, count, chunk):
+        number = np.arange(start, start + chunk)
+        place = np.stack(np.unravel_index(np.minimum(number, count - 1), (len(weight_R),) * rollouts), axis=1)
+        weight_C = np.where(number < count, weight_R[place].prod(axis=1), 0)
+        yield weight_C, {name: x[place] for name, x in rows.items()}
 
 
 def make(

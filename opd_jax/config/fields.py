@@ -92,6 +92,13 @@ class Loss:
 class Estimator:
     credit: str = "token"  # which log-ratios a token answers for: token, to_go, discounted, sequence
     gamma: float = 0.9  # discount per token of credit=discounted
+    exact_future: bool = False  # later log-ratios replaced by exact KLs (signal.support=sampled, credit to_go or discounted): less noise
+    # none; kl: -K_t; optimal: for the norm of the logits' score; leave_one_out: other rollouts of the prompt; batch_mean and position_mean
+    # include the own sample (biased, of order 1/n)
+    baseline: str = "none"  # what is subtracted from advantages
+    # none, token, clip, drop, sequence, cumulative: see opd_jax/numerics/importance.py, which says which are unbiased
+    importance: str = "none"  # correction of completions that another law than the policy wrote (truncation, temperature)
+    clip: float = 2.0  # ratio above which importance=clip cuts, and outside [1/clip, clip] of which importance=drop leaves a token out
 
 
 @dataclasses.dataclass(frozen=True)

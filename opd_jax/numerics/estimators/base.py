@@ -1,0 +1,129 @@
+"""What an estimator is: per-token statistics in, one term of the loss out, with a claim about the gradient that it follows.
+
+Notation: pi student, q teacher, y ~ pi, c_t the prefix of token t, l_t = log q(y_t|c_t) - log pi(y_t|c_t) (reward convention),
+K_t = KL(pi(.|c_t) || q(.|c_t)), s_t = grad log pi(y_t|c_t). Gradients are those of a loss to minimise, summed over the tokens of a rollout.
+Claims hold on-policy, at temperature 1, without truncation of the sampling law, for normalisers that are constant over rollouts
+(`sequence_sum`, `constant`).
+
+Targets:
+    sequence_reverse_kl  grad KL(pi || q) over whole completions
+    token_reverse_kl     E_y sum_t grad K_t with the prefixes held fixed; the other token-level targets likewise
+"""
+
+import abc
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from opd_jax.numerics.token_stats import DenseHead, Signal, Stats, Target, token_stats
+
+TARGETS = {
+    "sequence_reverse_kl": None,
+    "token_reverse_kl": Signal("reverse_kl"),
+    "token_forward_kl": Signal("forward_kl"),
+    "token_jsd": Signal("jsd", beta=0.5),
+    "token_skew_forward_kl": Signal("skew_forward_kl", beta=0.1),
+    "token_skew_reverse_kl": Signal("skew_reverse_kl", beta=0.1),
+}
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["mask_BT", "behaviour_logp_BT", "group_B", "baseline_BT"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What an estimator may look at beside the statistics; made from the whole batch, before the microbatch split."""
+
+    mask_BT: jax.Array  # 1 on the tokens to learn from
+    behaviour_logp_BT: jax.Array | None = None  # nats under the law that sampled; None: the policy itself
+    group_B: jax.Array | None = None  # rollouts of one prompt share a number; None: each is alone
+    baseline_BT: jax.Array | None = None  # nats, of an estimator that looks across rows: see Estimator.prepare
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["mask_BT", "local_BT", "advantage_BT", "w_local_BT", "w_score_BT"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One term of the loss: sum_t m (sg(w_local) local - sg(w_score advantage) log pi). None: absent, or weight 1."""
+
+    mask_BT: jax.Array
+    local_BT: jax.Array | None = None
+    advantage_BT: jax.Array | None = None
+    w_local_BT: jax.Array | None = None
+    w_score_BT: jax.Array | None = None
+
+
+def loss_B(stats: Stats, term: Term) -> jax.Array:
+    """The loss of a term, summed over tokens, [B]; what stands where the mask is 0 does not count."""
+    loss_BT = jnp.zeros(term.mask_BT.shape, stats.logp_BT.dtype)
+    if term.local_BT is not None:
+        weight_BT = 1.0 if term.w_local_BT is None else jax.lax.stop_gradient(term.w_local_BT)
+        loss_BT += weight_BT * term.local_BT
+    if term.advantage_BT is not None:
+        weight_BT = 1.0 if term.w_score_BT is None else term.w_score_BT
+        loss_BT -= jax.lax.stop_gradient(weight_BT * term.advantage_BT) * stats.logp_BT
+    return jnp.sum(jnp.where(term.mask_BT != 0, term.mask_BT * loss_BT, 0), axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimator(abc.ABC):
+    """Base of all estimators. `unbiased` speaks of the estimator's own `target`."""
+
+    name: str
+    claim: str
+    formula: str
+    reference: str
+    target: str
+    unbiased: bool
+    signal: Signal
+
+    @property
+    @abc.abstractmethod
+    def needs(self) -> tuple[str, ...]:
+        """Names of the statistics that `terms` reads."""
+
+    @abc.abstractmethod
+    def terms(self, stats: Stats, context: Context) -> Term:
+        """The term of the loss, by [B, T] arithmetic on the statistics."""
+
+    @property
+    def looks_across(self) -> bool:
+        """Whether a row's term depends on other rows, by `context.baseline_BT`."""
+        return False
+
+    def prepare(self, stats: Stats, context: Context) -> Context:
+        """Fills in what looks across rows, from the statistics of the whole batch: call it before the batch is split."""
+        return context
+
+    def surrogate(
+        self,
+        student_logits_BTV: jax.Array,
+        teacher_logits_BTV: jax.Array,
+        tokens_BT: jax.Array,
+        mask_BT: jax.Array,
+        *,
+        behaviour_logp_BT: jax.Array | None = None,
+        group_B: jax.Array | None = None,
+        extra_tokens_BTN: jax.Array | None = None,
+    ) -> jax.Array:
+        """The loss [B] of rollouts whose gradient in the student's logits is the estimate; its value means nothing by itself.
+
+        Logits and tokens where the mask is 0 are ignored; masks may have gaps. `group_B`: rollouts of one prompt share a number, without
+        it each is alone. `extra_tokens_BTN`: further draws from pi at each prefix, for MultiSample. The code of training, on dense logits.
+        """
+        mask_BT = mask_BT.astype(bool)
+        student, teacher = (DenseHead(jnp.where(mask_BT[..., None], x, 0)) for x in (student_logits_BTV, teacher_logits_BTV))
+        if extra_tokens_BTN is not None:
+            extra_tokens_BTN = jnp.where(mask_BT[..., None], extra_tokens_BTN, 0)
+        stats = token_stats(
+            student,
+            Target((teacher,)),
+            jnp.where(mask_BT, tokens_BT, 0),
+            signal=self.signal,
+            needs={"logp", *self.needs},
+            extra_tokens_BTN=extra_tokens_BTN,
+        )
+        group_B = jnp.arange(len(mask_BT)) if group_B is None else group_B
+        context = self.prepare(jax.lax.stop_gradient(stats), Context(mask_BT, behaviour_logp_BT, group_B))
+        return loss_B(stats, self.terms(stats, context))
