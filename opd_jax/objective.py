@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from opd_jax.config import Config, ConfigError, check_choice
 from opd_jax.numerics import baselines, credit, entries, estimators, importance, masked
 from opd_jax.numerics.estimators import Context, Estimator
-from opd_jax.numerics.token_stats import Head, Signal, Stats, Target, token_stats
+from opd_jax.numerics.token_stats import SUPPORTS, TAILS, Head, Signal, Stats, Target, token_stats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,8 @@ def from_config(config: Config, *, has_teacher: bool) -> Objective:
 def _estimator(config: Config) -> Estimator:
     signal, loss, asked = config.signal, config.loss, config.estimator
     check_choice("signal.divergence", signal.divergence, entries.KINDS)
-    check_choice("signal.support", signal.support, ("full", "sampled"))
+    check_choice("signal.support", signal.support, SUPPORTS)
+    check_choice("signal.tail", signal.tail, TAILS)
     check_choice("estimator.credit", asked.credit, credit.CREDITS)
     check_choice("estimator.baseline", asked.baseline, baselines.BASELINES)
     check_choice("estimator.importance", asked.importance, importance.CORRECTIONS)
@@ -59,16 +60,18 @@ def _estimator(config: Config) -> Estimator:
             f"config field estimator.importance = {asked.importance!r} needs the law that wrote the completions, which rollout.source = "
             "'dataset' does not give; use 'none', or rollout.source = 'student' or 'teacher'"
         )
-    compared = Signal(
-        kind=signal.divergence,
-        support=signal.support,
-        beta=signal.beta,
-        student_temperature=loss.student_temperature,
-        teacher_temperature=loss.teacher_temperature,
-    )
+    compared = {
+        "kind": signal.divergence,
+        "support": signal.support,
+        "tail": signal.tail,
+        "k": signal.k if signal.k or signal.support.startswith("topk") else None,
+        "beta": signal.beta,
+        "student_temperature": loss.student_temperature,
+        "teacher_temperature": loss.teacher_temperature,
+    }
     choices = {name: getattr(asked, name) for name in ("exact_future", "baseline", "importance", "clip")}
     try:
-        return estimators.build(compared, asked.credit, asked.gamma, **choices)
+        return estimators.build(Signal(**compared), asked.credit, asked.gamma, **choices)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

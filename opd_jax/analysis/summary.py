@@ -165,7 +165,8 @@ def _what(group: Group) -> str:
     c = group.config
     signal = SIGNALS.get(c["signal.divergence"], c["signal.divergence"])
     if c["signal.divergence"] != "nll":
-        signal += " over the whole vocabulary" if c["signal.support"] == "full" else f" ({c['signal.support']} support)"
+        part = f", k = {c['signal.k']}, tail {c['signal.tail']}" if c["signal.support"].startswith("topk") else ""
+        signal += " over the whole vocabulary" if c["signal.support"] == "full" else f" ({c['signal.support']} support{part})"
     credit = "" if c["estimator.credit"] == "token" else f", credit {c['estimator.credit']}"
     learns = c["rollout.source"] == "teacher" or c["signal.divergence"] != "nll"
     teacher = f" from {name}" if learns and (name := _model(c, "teacher")) else ""

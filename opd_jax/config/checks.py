@@ -49,6 +49,7 @@ def _check_range(flat: dict[str, Any]) -> None:
         "seed",
         "steps",
         "rollout.top_k",
+        "signal.k",
         "learner.warmup_steps",
         "learner.decay_steps",
         "eval.every",
@@ -155,7 +156,8 @@ def _check_teacher(config: Config) -> None:
     _require(
         has_teacher or source != "teacher", "teacher.path", "", "must name a model, because rollout.source = 'teacher' needs a teacher"
     )
-    own = "signal.support = 'sampled'" if config.signal.support == "sampled" else ""
+    own = f"signal.tail = {config.signal.tail!r}" if config.signal.tail.startswith("sampled") else ""
+    own = "signal.support = 'sampled'" if config.signal.support == "sampled" else own
     own = f"estimator.credit = {config.estimator.credit!r}" if config.estimator.credit != "token" else own
     _require(source == "student" or not own, "rollout.source", source, f"must be 'student', because {own} needs draws of the student")
     greedy = config.rollout.temperature == 0 or config.rollout.top_k == 1

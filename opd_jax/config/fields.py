@@ -77,7 +77,13 @@ class Rollout:
 class Signal:
     # reverse_kl, forward_kl, jsd, jsd_continuous, skew_forward_kl, skew_reverse_kl; without a teacher nll, negative_entropy; cross_entropy
     divergence: str = "reverse_kl"  # which per-token loss compares student and teacher
-    support: str = "full"  # full: sum over the vocabulary; sampled: the sampled token alone (unbiased in expectation)
+    # full: sum over the vocabulary; sampled: the sampled token alone (unbiased in expectation); topk_teacher, topk_student, topk_union (of
+    # both): the k most probable tokens; with "+token" the sampled one too
+    support: str = "full"  # which part of the vocabulary the sum runs over
+    k: int = 0  # tokens of a top-k support, at least 1 (as many as the vocabulary has: full); 0 with the other supports
+    # renormalise (both laws on the support), bucket (one entry for the rest), generalised (sum on the support, at least 0), sampled_tail
+    # (that, and the sampled token where it is outside: unbiased in expectation); biased, for study: none, sampled_tail_published
+    tail: str = "renormalise"  # what becomes of the mass outside a top-k support
     beta: float = 0.5  # mixing weight of jsd, jsd_continuous and the skewed divergences; others ignore it
 
 

@@ -60,13 +60,14 @@ class Signal:
                 raise ValueError(f"loss.{name} = {getattr(self, name)!r} must be above 0")
 
     def _check_topk(self):
-        if not self.is_topk:
-            for name, value, default in (("k", self.k, None), ("tail", self.tail, "renormalise")):
-                if value != default:
-                    raise ValueError(
-                        f"signal.{name} = {value!r} is for top-k supports ({', '.join(TOPK)}), signal.support = {self.support!r} takes none"
-                    )
-        elif not isinstance(self.k, int) or self.k < 1:
+        if not self.is_topk and self.k is not None:
+            raise ValueError(f"signal.k = {self.k!r} is for top-k supports ({', '.join(TOPK)}); signal.support = {self.support!r} takes none")
+        if not self.is_topk and self.tail != "renormalise":
+            raise ValueError(
+                f"signal.tail = {self.tail!r} is for top-k supports ({', '.join(TOPK)}); with signal.support = {self.support!r} "
+                "leave it at 'renormalise'"
+            )
+        if self.is_topk and (not isinstance(self.k, int) or self.k < 1):
             raise ValueError(f"signal.k = {self.k!r} must be a whole number of at least 1 for signal.support = {self.support!r}")
         if self.tail == "sampled_tail_published" and self.kind != "reverse_kl":
             raise ValueError(

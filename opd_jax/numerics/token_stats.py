@@ -11,6 +11,7 @@ from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from opd_jax.numerics import entries, heads, supports
 from opd_jax.numerics.heads import TILE_BYTES, DenseHead, Head, pick, topk
@@ -177,14 +178,16 @@ def _statistics(student, teacher, tokens, signal: Signal, wanted: tuple[str, ...
 
 
 def _statistics_forward(student, teacher, tokens, signal, wanted, tile):
-    return _statistics(student, teacher, tokens, signal, wanted, tile), (student, teacher, tokens)
+    inputs = jax.tree.map(lambda x: x.value, (student, teacher, tokens), is_leaf=lambda x: isinstance(x, CustomVJPPrimal))
+    return _statistics(*inputs, signal, wanted, tile), inputs
 
 
 def _statistics_backward(signal, wanted, tile, residuals, cotangents):
     student, teacher, tokens = residuals
-    cotangents = {name: c for name, c in zip(wanted, cotangents, strict=True) if name in _DIFFERENTIABLE}
+    # Zeros that jax knows of, such as those of a statistic that only metrics read, cost no work over the vocabulary.
+    used = {n: c for n, c in zip(wanted, cotangents, strict=True) if n in _DIFFERENTIABLE and not isinstance(c, SymbolicZero)}
     backward = _dense_gradient if isinstance(student, DenseHead) else _head_gradient
-    return backward(student, teacher, tokens, cotangents, signal, tile), None, None
+    return backward(student, teacher, tokens, used, signal, tile), None, None
 
 
 def _dense_gradient(student: DenseHead, teacher, tokens, cotangents, signal: Signal, tile: int) -> DenseHead:
@@ -212,4 +215,4 @@ def _head_gradient(student: Head, teacher, tokens, cotangents, signal: Signal, t
     return Head(hidden_BTD, total_DV.astype(student.unembed_DV.dtype), student.softcap, None)
 
 
-_statistics.defvjp(_statistics_forward, _statistics_backward)
+_statistics.defvjp(_statistics_forward, _statistics_backward, symbolic_zeros=True)
