@@ -103,11 +103,16 @@ def test_sampled_support_has_the_expected_gradient_of_the_full_one(kind):
     assert float(model.trace_covariance(sampled)) > float(model.trace_covariance(full))
 
 
+NOISY_AT_THE_TEACHER = {"k1_loss", "topk_biased_head", "topk_biased_published_tail"}
+
+
 @pytest.mark.parametrize("name", REGISTRY)
 def test_equal_models_give_zero_for_every_rollout(name):
-    model = model_of("tabular")
-    same = enumeration.Enumerable(**{**vars(model), "teacher_logits_NTV": model.logits(model.theta_FV)})
-    assert float(jnp.max(jnp.abs(same.gradients(REGISTRY[name])))) < 1e-12
+    """But for a loss whose gradient is noise, and for heads without their linear part."""
+    model = model_of(list(MODELS)[3] if "topk" in name else "tabular")
+    same = dataclasses.replace(model, teacher_logits_NTV=model.logits(model.theta_FV))
+    largest = float(jnp.max(jnp.abs(same.gradients(REGISTRY[name]))))
+    assert largest > 1e-2 if name in NOISY_AT_THE_TEACHER else largest < 1e-12
 
 
 @pytest.mark.parametrize("name", REGISTRY)

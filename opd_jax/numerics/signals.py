@@ -61,7 +61,9 @@ class Signal:
 
     def _check_topk(self):
         if not self.is_topk and self.k is not None:
-            raise ValueError(f"signal.k = {self.k!r} is for top-k supports ({', '.join(TOPK)}); signal.support = {self.support!r} takes none")
+            raise ValueError(
+                f"signal.k = {self.k!r} is for top-k supports ({', '.join(TOPK)}); signal.support = {self.support!r} takes none"
+            )
         if not self.is_topk and self.tail != "renormalise":
             raise ValueError(
                 f"signal.tail = {self.tail!r} is for top-k supports ({', '.join(TOPK)}); with signal.support = {self.support!r} "

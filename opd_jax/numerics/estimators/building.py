@@ -74,7 +74,7 @@ def _local_to_go(about: dict, signal: Signal, credited: dict, baseline: str) -> 
 
 def _claim(built: Estimator) -> dict:
     """claim, target and unbiased of a built estimator, on-policy and at the loss temperatures: what its parts say, and no more."""
-    words = built.signal.kind.replace("_", " ")
+    words = built.signal.kind.replace("_", " ").replace("kl", "KL").replace("jsd", "JSD")
     if isinstance(built, ScoreFunction | LocalToGo):
         credit = built.credit if isinstance(built, ScoreFunction) else "to_go"
         whole = credit != "token" and not (credit == "discounted" and built.gamma == 0)
