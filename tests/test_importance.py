@@ -104,4 +104,4 @@ def test_a_truncated_law_stays_biased_whatever_the_ratio(float64):
     for correction in ("none", "cumulative", "sequence"):
         built = estimators.build(SAMPLED, "token", 1.0, importance=correction)
         error[correction] = np.linalg.norm(np.asarray(model.expected_gradient(built, law=law)) - on_policy)
-    assert 1e-3 < error["cumulative"] < error["none"] and 1e-3 < error["sequence"]
+    assert 1e-3 < error["cumulative"] < error["none"] and error["sequence"] > 1e-3
