@@ -61,9 +61,7 @@ class Signal:
 
     def _check_topk(self):
         if not self.is_topk and self.k is not None:
-            raise ValueError(
-                f"signal.k = {self.k!r} is for top-k supports ({', '.join(TOPK)}); signal.support = {self.support!r} takes none"
-            )
+            raise ValueError(f"signal.k = {self.k!r} is for top-k supports ({', '.join(TOPK)}), not for signal.support = {self.support!r}")
         if not self.is_topk and self.tail != "renormalise":
             raise ValueError(
                 f"signal.tail = {self.tail!r} is for top-k supports ({', '.join(TOPK)}); with signal.support = {self.support!r} "

@@ -158,7 +158,9 @@ def _tile_logit_gradient(student, teacher, tokens, cotangents: dict[str, jax.Arr
         gradient = add(gradient, extra_BTN, cotangent_BTN) - jnp.sum(cotangent_BTN, axis=-1, keepdims=True) * jnp.exp(logp)
     if "local" in cotangents:
         logq = heads.log_softmax(heads.logits(teacher, signal.teacher_temperature)) if teacher is not None else None
-        gradient += cotangents["local"][..., None] * supports.local(logp, logq, tokens_BT, signal)[1]
+        cotangent_BT1 = cotangents["local"][..., None]
+        # A masked token's loss may be infinite: it must not reach the gradient as 0 * inf.
+        gradient += jnp.where(cotangent_BT1 != 0, cotangent_BT1 * supports.local(logp, logq, tokens_BT, signal)[1], 0)
     gradient /= signal.student_temperature
     if isinstance(student, Head) and student.softcap is not None:
         capped = heads.logits(dataclasses.replace(student, valid_V=None), student.softcap)
