@@ -71,6 +71,15 @@ def test_defaults_round_trip():
             "config field rollout.source = 'teacher' must be 'student', because signal.support = 'sampled' needs draws of the student",
         ),
         (
+            {"signal__support": "topk_teacher", "signal__k": 4, "signal__tail": "sampled_tail", "rollout__source": "dataset"},
+            "config field rollout.source = 'dataset' must be 'student', because signal.tail = 'sampled_tail' needs draws of the student",
+        ),
+        (
+            {"signal__support": "topk_teacher", "signal__k": 4, "signal__tail": "sampled_tail_published", "rollout__temperature": 0.0},
+            "config field rollout.temperature = 0.0 is greedy, but signal.tail = 'sampled_tail_published' needs draws from the policy",
+        ),
+        ({"signal__k": -1}, "config field signal.k = -1 must be 0 or more"),
+        (
             {"estimator__credit": "to_go", "rollout__source": "dataset"},
             "config field rollout.source = 'dataset' must be 'student', because estimator.credit = 'to_go' needs draws of the student",
         ),

@@ -1,6 +1,7 @@
 """divergence() and the per-entry functions against TRL, SciPy and NumPy float64, values and gradients."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from opd_jax.numerics import entries
 from opd_jax.numerics.divergences import divergence
+from opd_jax.numerics.token_stats import Signal
 
 BETA = 0.3
 CASES = [(kind, beta) for kind, takes in entries.DIVERGENCES.items() for beta in ((0.0, 0.2, 0.5, 0.9, 1.0) if takes else (None,))]
@@ -155,10 +157,44 @@ def test_temperatures_divide_logits(temperature, float64):
     [
         ({"kind": "kl"}, "kind = 'kl' is not known; valid: reverse_kl"),
         ({"kind": "nll"}, "'nll' is not known"),
-        ({"kind": "reverse_kl", "support": "some"}, "support = 'some' is not known; valid: full, sampled"),
-        ({"kind": "reverse_kl", "k": 4}, "k = 4 is for top-k supports"),
-        ({"kind": "reverse_kl", "tail": "bucket"}, "tail = 'bucket' is for top-k supports"),
-        ({"kind": "reverse_kl", "support": "sampled"}, "needs tokens_BT"),
+        (
+            {"kind": "reverse_kl", "support": "some"},
+            "signal.support = 'some' is not known; valid: full, sampled, topk_teacher, topk_student, topk_union, topk_teacher.token, "
+            "topk_student.token, topk_union.token$",
+        ),
+        (
+            {"kind": "reverse_kl", "support": "topk_union", "k": 2, "tail": "some"},
+            "signal.tail = 'some' is not known; valid: generalised, sampled_tail, renormalise, bucket, none, sampled_tail_published$",
+        ),
+        (
+            {"kind": "reverse_kl", "k": 4},
+            r"signal.k = 4 is for top-k supports \(topk_teacher, topk_student, topk_union\), not for signal.support = 'full'$",
+        ),
+        ({"kind": "reverse_kl", "support": "sampled", "k": 4}, "signal.k = 4 is for top-k supports"),
+        (
+            {"kind": "reverse_kl", "tail": "bucket"},
+            "signal.tail = 'bucket' is for top-k supports .*; with signal.support = 'full' leave it at 'renormalise'$",
+        ),
+        (
+            {"kind": "reverse_kl", "support": "topk_teacher"},
+            "signal.k = None must be a whole number of at least 1 for signal.support = 'topk_teacher'$",
+        ),
+        ({"kind": "reverse_kl", "support": "topk_union+token", "k": 0}, "signal.k = 0 must be a whole number of at least 1"),
+        ({"kind": "reverse_kl", "support": "topk_student", "k": 2.0}, "signal.k = 2.0 must be a whole number of at least 1"),
+        (
+            {"kind": "forward_kl", "support": "topk_teacher", "k": 2, "tail": "sampled_tail_published"},
+            "signal.tail = 'sampled_tail_published' is for signal.divergence = 'reverse_kl', not for 'forward_kl'; use 'sampled_tail'$",
+        ),
+        (
+            {"kind": "reverse_kl", "support": "sampled"},
+            "^support = 'sampled' needs tokens_BT, the tokens that the student drew$",
+        ),
+        ({"kind": "reverse_kl", "support": "topk_teacher+token", "k": 2}, "^support = 'topk_teacher.token' needs tokens_BT"),
+        ({"kind": "jsd", "beta": 0.5, "support": "topk_teacher", "k": 2, "tail": "sampled_tail"}, "^tail = 'sampled_tail' needs tokens_BT"),
+        (
+            {"kind": "reverse_kl", "support": "topk_teacher", "k": 2, "tail": "sampled_tail_published"},
+            "^tail = 'sampled_tail_published' needs tokens_BT",
+        ),
         ({"kind": "jsd"}, "signal.beta = None must be between 0 and 1"),
         ({"kind": "jsd", "beta": 1e-5}, "makes signal.divergence = 'jsd' vanish"),
         ({"kind": "reverse_kl", "student_temperature": 0.0}, "student_temperature = 0.0 must be above 0"),
@@ -168,6 +204,14 @@ def test_refusals(arguments, words):
     """Never a number for a question that was not asked."""
     with pytest.raises(ValueError, match=words):
         divergence(jnp.zeros((1, 1, 3)), jnp.zeros((1, 1, 3)), **arguments)
+
+
+@pytest.mark.parametrize("kind", entries.LOSSES)
+@pytest.mark.parametrize("support", ["sampled", "topk_teacher", "topk_union+token"])
+def test_losses_that_are_no_divergences_take_the_whole_vocabulary_alone(kind, support):
+    words = f"^signal.support = '{re.escape(support)}' is for divergences, not for signal.divergence = '{kind}'; use 'full'$"
+    with pytest.raises(ValueError, match=words):
+        Signal(kind, support, k=2 if support.startswith("topk") else None)
 
 
 def test_logits_of_different_shapes_are_refused():

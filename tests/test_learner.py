@@ -27,6 +27,7 @@ LOSSES = {
     "leave_one_out": ("reverse_kl", "sampled", "to_go", {"baseline": "leave_one_out", "exact_future": True}),
     "position_mean": ("reverse_kl", "full", "to_go", {"baseline": "position_mean"}),
     "cumulative": ("reverse_kl", "sampled", "to_go", {"importance": "cumulative", "baseline": "batch_mean"}),
+    "topk": ("jsd", "topk_union+token", "token"),
 }
 
 
@@ -34,7 +35,7 @@ def make_objective(name="reverse_kl", normaliser="token_mean", has_teacher=True)
     divergence, support, credit, *choices = LOSSES[name]
     config = config_lib.Config(
         rollout=config_lib.Rollout(max_new_tokens=7, group_size=2),
-        signal=config_lib.Signal(divergence, support),
+        signal=config_lib.Signal(divergence, support, **({"k": 4, "tail": "bucket"} if "topk" in support else {})),
         estimator=config_lib.Estimator(credit, **(choices[0] if choices else {})),
         loss=config_lib.Loss(normaliser=normaliser),
     )
@@ -110,8 +111,8 @@ def test_prompts_of_different_width_stay_aligned():
     assert float(loss) > 1e-3
 
 
-def run_updates(mesh_shape, microbatches=2, steps=2):
-    goal = make_objective()
+def run_updates(mesh_shape, name="reverse_kl", microbatches=2, steps=2):
+    goal = make_objective(name)
     params, config, teacher_params, teacher_config, batch = make_case(goal)
     mesh = parallel.make_mesh(*mesh_shape)
     place = lambda tree, c: jax.device_put(jax.device_get(tree), spec.shardings(transformer.param_specs(c), mesh))
@@ -125,9 +126,10 @@ def run_updates(mesh_shape, microbatches=2, steps=2):
     return jax.device_get(state), {name: float(value) for name, value in metrics.items()}, update
 
 
-def test_eight_devices_equal_one():
-    one, metrics_one, _ = run_updates((1, 1, 1))
-    eight, metrics_eight, update = run_updates((2, 2, 2))
+@pytest.mark.parametrize("name", ["reverse_kl", "topk"])
+def test_eight_devices_equal_one(name):
+    one, metrics_one, _ = run_updates((1, 1, 1), name)
+    eight, metrics_eight, update = run_updates((2, 2, 2), name)
     assert metrics_eight == pytest.approx(metrics_one, rel=1e-4)
     assert max_difference(one.params, eight.params) < 1e-5
     assert update._cache_size() == 1

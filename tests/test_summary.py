@@ -193,6 +193,8 @@ def test_sentences_of_other_methods_seeds_and_accelerators(tmp_path):
     (text,) = summary.sentences(groups(make(tmp_path / "sft", before=0.9, **sft)))
     assert "fine-tuning on the task's solutions (SFT) of a new llama on arithmetic" in text and "by the negative log-likelihood;" in text
     assert "Greedy accuracy stayed at 0.90" in text and "on 4 × NVIDIA H200" in text
+    told = {"signal__support": "topk_teacher", "signal__k": 16, "signal__tail": "bucket", "teacher__path": "big"}
+    assert "by the reverse KL (topk_teacher support, k = 16, tail bucket);" in summary.sentences(groups(make(tmp_path / "topk", **told)))[0]
     told = {"estimator__credit": "to_go", "signal__support": "sampled", "teacher__path": "big"}
     (text,) = summary.sentences(groups(*seeds(tmp_path, **told)))
     assert (
