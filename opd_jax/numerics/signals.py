@@ -20,14 +20,15 @@ class Signal:
         topk_teacher, topk_student, topk_union (of both)   the `k` most probable tokens; with "+token" the sampled one too, counted once.
                   With `k` at least the vocabulary they are `full`, whatever the tail.
 
-    Tails of a top-k S, which is data without a gradient:
-        generalised   sum over S of f; exactly 0 with no gradient at p = q, and at least 0
-        sampled_tail  that, and 1[y outside] sg(df/dp(y)) log p(y): the expected gradient of `full` (with +token, y is never outside)
+    Tails of a top-k S, which is data without a gradient. Only `sampled_tail` keeps the expected gradient of `full`; the next three are
+    losses of their own, at least 0, and exactly 0 without a gradient at p = q; the last two are BIASED even there, and for study:
+        sampled_tail  `generalised`, and 1[y outside] sg(df/dp(y)) log p(y) (with +token, y is never outside)
+        generalised   sum over S of f
         renormalise   f between the two laws renormalised on S; the mass on S itself is free
-        bucket        S and one entry for the rest: a divergence, at most the full one
-        none          sum over S of f without its linear part, such as p log(p/q): BIASED, no minimum at p = q (reverse_kl alone has its
-                      minimum at p = q/e on S), for study
-        sampled_tail_published  `none`, and 1[y outside] sg(log p/q(y)) log p(y): BIASED by grad p(S), reverse_kl alone, for study
+        bucket        S and one entry for the rest: at most the full divergence
+        none          sum over S of f without its linear part (jsd between 0 and 1 has none), such as p log(p/q), which is least at
+                      p = q/e on S
+        sampled_tail_published  `none`, and 1[y outside] sg(log p/q(y)) log p(y), reverse_kl alone: off by the gradient of p(S)
 
     `beta` is used by the mixtures (jsd, jsd_continuous, skew_*), others ignore it; temperatures divide logits. `k` is given exactly with a
     top-k; another tail than the default is for a top-k too. Losses that are not divergences take `full` alone. Raises ValueError.

@@ -30,11 +30,11 @@ def members(logp: jax.Array, logq: jax.Array | None, tokens_BT: jax.Array, signa
     return jnp.stack(found).any(axis=0)
 
 
-def mass(logp: jax.Array, members: jax.Array | None) -> jax.Array:
+def mass(logp: jax.Array, on: jax.Array | None) -> jax.Array:
     """The probability of a support, [B, t]."""
-    if members is None:
+    if on is None:
         return jnp.ones(logp.shape[:-1], logp.dtype)
-    return jnp.minimum(jnp.sum(jnp.where(members, jnp.exp(logp), 0), axis=-1), 1)
+    return jnp.minimum(jnp.sum(jnp.where(on, jnp.exp(logp), 0), axis=-1), 1)
 
 
 def overlap(logp: jax.Array, logq: jax.Array, k: int) -> jax.Array:
