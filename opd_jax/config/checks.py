@@ -49,14 +49,13 @@ def _check_range(flat: dict[str, Any]) -> None:
         "seed",
         "steps",
         "rollout.top_k",
-        "signal.k",
         "learner.warmup_steps",
         "learner.decay_steps",
         "eval.every",
         "eval.prompts",
         "log.samples_every",
     ]
-    zero_or_more += ["task.train_size", "task.eval_size", "task.seed", "student.init.head_dim", "student.lora.rank"]
+    zero_or_more += ["signal.k", "task.train_size", "task.eval_size", "task.seed", "student.init.head_dim", "student.lora.rank"]
     zero_or_more += [f"student.init.{name}" for name in _EXPERT_FIELDS]
     for name in positive:
         _require(flat[name] >= 1, name, flat[name], "must be at least 1")
