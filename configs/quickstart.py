@@ -10,18 +10,20 @@ from 0.31 to 0.89 (seqkd 0.77, sft 0.60) and the reverse KL to the teacher from 
 prompts=0 the three tie.
 
 Arguments after the colon: opd (default), seqkd and sft are three ways to train the same student with equal updates and completion tokens;
-teacher and student are the recipes; prompts=0 gives unlimited fresh prompts; seed=N; tiny is a run of seconds, for tests.
+teacher and student are the recipes; prompts=0 gives unlimited fresh prompts; level=N digits; width=N of the student; tiny is a run of
+seconds, for tests. seed=N draws the training and the evaluation prompts, the student with which the run starts, and all samples of the
+run; the teacher is the same for all seeds. `--config.seed=N` changes the samples and the order of the prompts alone.
 """
 
 from opd_jax import config
 
 
 def get_config(arg=None):
-    arg = config.parse_arg(arg, role=("opd", "seqkd", "sft", "teacher", "student"), tiny=False, seed=0, prompts=48)
+    arg = config.parse_arg(arg, role=("opd", "seqkd", "sft", "teacher", "student"), tiny=False, seed=0, prompts=48, level=0, width=0)
     c = config.default()
-    c.seed = arg.seed
+    c.seed = c.task.seed = arg.seed
     c.task.name = "arithmetic"
-    c.task.level = 4 if arg.tiny else 12
+    c.task.level = arg.level or (4 if arg.tiny else 12)
     c.rollout.max_new_tokens = c.task.level + 1  # the stop token is one of them
     c.rollout.batch_size = 16 if arg.tiny else 64
     c.learner.learning_rate = 3e-3
@@ -33,9 +35,10 @@ def get_config(arg=None):
     if arg.role in ("teacher", "student"):
         return recipe(c, arg)
 
-    suffix = ",tiny" if arg.tiny else ""
-    c.teacher.recipe = f"configs/quickstart.py:teacher{suffix}"
-    c.student.recipe = f"configs/quickstart.py:student{suffix}"
+    shared = (",tiny" if arg.tiny else "") + (f",level={arg.level}" if arg.level else "")
+    own = (f",width={arg.width}" if arg.width else "") + (f",seed={arg.seed}" if arg.seed else "")
+    c.teacher.recipe = f"configs/quickstart.py:teacher{shared}"
+    c.student.recipe = f"configs/quickstart.py:student{shared}{own}"
     c.steps = 4 if arg.tiny else 100
     c.task.train_size = arg.prompts
     c.learner.learning_rate = 2e-3
@@ -56,7 +59,8 @@ def recipe(c, arg):
     c.task.train_size = 0
     c.eval.prompts = 0
     c.log.samples_every = 0
-    c.student.init.hidden_size = 128 if arg.role == "teacher" else 64
+    width = arg.width if arg.role == "student" else 0
+    c.student.init.hidden_size = width or (128 if arg.role == "teacher" else 64)
     c.student.init.intermediate_size = 3 * c.student.init.hidden_size
     c.student.init.initializer_range = 0.08 if arg.role == "teacher" else 0.12
     c.learner.learning_rate = 3e-3 if arg.role == "teacher" else 4e-3
@@ -64,7 +68,7 @@ def recipe(c, arg):
     c.learner.decay_steps = 260 if arg.role == "student" else 0
     if arg.tiny:
         c.steps = {"teacher": 8, "student": 4}[arg.role]
-        c.student.init.hidden_size = {"teacher": 32, "student": 16}[arg.role]
+        c.student.init.hidden_size = width or {"teacher": 32, "student": 16}[arg.role]
         c.student.init.intermediate_size = 32
         c.student.init.num_hidden_layers = 1
     return c

@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import importlib.util
 import pathlib
 from collections.abc import Iterator
 
@@ -12,14 +11,14 @@ import jax.numpy as jnp
 from opd_jax import checkpoint, learner, parallel
 from opd_jax import config as config_lib
 from opd_jax.cli import Interrupted, StopRequest
-from opd_jax.config import ConfigError
+from opd_jax.config.loading import load_config
 from opd_jax.data.pipeline import Batch
 from opd_jax.data.tasks import Task
 from opd_jax.job import Job, setup
 from opd_jax.metrics import Progress
 from opd_jax.numerics.estimators import Context
 from opd_jax.recorder import Recorder
-from opd_jax.types import Rollout, UserError, view
+from opd_jax.types import Rollout, view
 
 
 def run(config, workdir, *, task: Task | None = None, stop: StopRequest | None = None, progress: Progress | None = None) -> Iterator[dict]:
@@ -67,11 +66,8 @@ def make_batch(job: Job, prompts: Batch, completions: Rollout) -> learner.Batch:
 
 def make_model(recipe: str, cache_dir: str, *, stop: StopRequest | None = None, progress: Progress | None = None) -> str:
     """Runs the config of a recipe, configs/FILE.py[:arg], to its end unless that is done; returns its run directory under `cache_dir`."""
-    config = load_config(recipe)
-    digest = hashlib.blake2b(repr(config_lib.parse(config)).encode(), digest_size=4).hexdigest()
-    name = recipe.removesuffix(".py").replace(".py:", "_").replace("/", "_").replace(",", "_")
-    workdir = pathlib.Path(cache_dir) / f"{name}_{digest}"
-    if checkpoint.newest_step(workdir / "checkpoints") < config.steps:
+    config, workdir = locate_recipe(recipe, cache_dir)
+    if not is_made(config, workdir):
         if progress is not None:
             progress.phase(f"making {recipe} in {workdir} (once)")
         for _ in run(config, workdir, stop=stop, progress=progress):
@@ -79,22 +75,14 @@ def make_model(recipe: str, cache_dir: str, *, stop: StopRequest | None = None, 
     return str(workdir)
 
 
-def load_config(name: str):
-    """The ConfigDict of configs/FILE.py[:arg]; a relative path is looked up from here, then from the checkout."""
-    file, _, arg = name.partition(":")
-    candidates = [pathlib.Path(file), pathlib.Path(__file__).resolve().parents[1] / file]
-    path = next((p for p in candidates if p.is_file()), None)
-    if path is None:
-        raise ConfigError(f"recipe {name!r}: there is no file {file}; give the path of a config file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None:
-        raise ConfigError(f"recipe {name!r}: {path} is not a Python file; give a config file such as configs/quickstart.py")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        config = module.get_config(arg or None)
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:  # a config file is the user's code
-        raise ConfigError(f"recipe {name!r}: {path} cannot be loaded ({type(error).__name__}: {error}); correct the file") from error
-    return config
+def locate_recipe(recipe: str, cache_dir: str) -> tuple:
+    """(ConfigDict, run directory) of a recipe; nothing is made."""
+    config = load_config(recipe)
+    digest = hashlib.blake2b(repr(config_lib.parse(config)).encode(), digest_size=4).hexdigest()
+    name = recipe.removesuffix(".py").replace(".py:", "_").replace("/", "_").replace(",", "_")
+    return config, pathlib.Path(cache_dir) / f"{name}_{digest}"
+
+
+def is_made(config, workdir: pathlib.Path) -> bool:
+    """Whether the run of a recipe is finished."""
+    return checkpoint.newest_step(workdir / "checkpoints") >= config.steps

@@ -71,11 +71,11 @@ class Group:
         if len(set(values)) == 1:
             return values[0], None, None
         mean, low, high = (float(x) for x in stats.t_interval(values))
-        return mean, *_within(name, low, high)
+        return mean, *within(name, low, high)
 
 
-def _within(name: str, low, high):
-    """A share is in [0, 1], a divergence, entropy, length or norm at least 0, whatever Student's t says."""
+def within(name: str, low, high):
+    """(low, high) cut off: a share is in [0, 1], a divergence, entropy, length or norm at least 0, whatever Student's t says."""
     fraction = name in metrics.GLOSSARY and metrics.GLOSSARY[name].unit == "fraction"
     least = 0 if fraction or name.endswith(("_kl", "entropy", "length", "grad_norm")) else -np.inf
     return np.clip(low, least, None), np.clip(high, None, 1 if fraction else np.inf)
@@ -165,7 +165,7 @@ def series(group: Group, name: str) -> dict[str, Any]:
         return curve
     if len(values) == 2:
         return curve | {"low": values.min(0), "high": values.max(0), "band": "lowest to highest of 2 seeds"}
-    low, high = _within(name, *stats.t_interval(values)[1:])
+    low, high = within(name, *stats.t_interval(values)[1:])
     return curve | {"low": low, "high": high, "band": f"95% t-interval over {len(values)} seeds"}
 
 

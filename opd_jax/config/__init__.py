@@ -34,6 +34,7 @@ from opd_jax.config.fields import (
     Teacher,
     flatten,
 )
+from opd_jax.config.loading import load_config
 
 
 def default() -> ConfigDict:
