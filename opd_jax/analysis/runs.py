@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -121,7 +122,7 @@ def _read_lines(path: pathlib.Path, problem_of: Callable[[dict[str, Any]], str])
 
 
 def group_by_seed(runs: Sequence[Run]) -> list[Group]:
-    """Runs whose configs differ in `seed` alone stand together. A seed that comes again is no other observation: it begins a group."""
+    """Runs whose configs differ in seeds alone stand together. A `seed` that comes again is no other observation: it begins a group."""
     groups: list[list[Run]] = []
     for run in runs:
         for members in groups:
@@ -134,7 +135,10 @@ def group_by_seed(runs: Sequence[Run]) -> list[Group]:
 
 
 def _but_seed(run: Run) -> dict[str, Any]:
-    return {name: value for name, value in run.config.items() if name != "seed"}
+    """The config without seeds: prompts and the models of recipes (configs/FILE.py:student,seed=3) may follow them."""
+    kept = {name: value for name, value in run.config.items() if name not in ("seed", "task.seed")}
+    recipes = {name: re.sub(r",seed=\d+\b", "", kept.get(name, "")) for name in ("student.recipe", "teacher.recipe")}
+    return kept | recipes
 
 
 def _group_name(runs: Sequence[Run]) -> str:

@@ -82,7 +82,7 @@ def make(base: Base, sweep: Sweep) -> Plan:
         raise ConfigError(f"sweep: --seeds={sweep.seeds}, but the points have seeds of their own ({sorted(seeded)[0]}); give one of them")
     if not seeded:
         base, field, first = _seeding(base)
-        points = product(points, seeds(sweep.seeds, first=first, field=field))
+        points = product(seeds(sweep.seeds, first=first, field=field), points)  # whole seeds first: each one compares all settings
     for name in sorted({name for point in points for name in point} & base.overrides.keys()):
         raise ConfigError(f"config field {name} is swept, and set by --config.{name}; give one of them")
     trials = tuple(_trial(base, point) for point in points)
@@ -185,7 +185,7 @@ def parse_flag(text: str) -> list[Point]:
     if not name.startswith(":") and name not in FIELDS:
         raise ConfigError(f"--sweep={text}: {_no_field(name)}")
     kind = FIELDS.get(name)
-    return [{name: _value(one, kind, text)} for one in next(csv.reader([values]), [""])]
+    return [{name: _value(one, kind, text)} for one in next(csv.reader([values])) or [""]]
 
 
 def _value(text: str, kind: type | None, flag: str) -> Any:

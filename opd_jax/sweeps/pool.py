@@ -49,6 +49,12 @@ class Running:
     slot: Slot
     process: subprocess.Popen | None
     began: float
+    peak_bytes: int = 0
+
+    def measure(self) -> None:
+        """Looks at the memory: when a process has ended, the system tells the larger of its own peak and of ours, who started it."""
+        if self.process is not None:
+            self.peak_bytes = max(self.peak_bytes, _peak_bytes(self.process.pid))
 
 
 class Pool:
@@ -102,8 +108,7 @@ class Pool:
     def _fits(self) -> bool:
         if not self._memory:
             return True
-        peaks = [_peak_bytes(one.process.pid) for one in self.running.values() if one.process is not None]
-        estimate = max([self._peak, *peaks])
+        estimate = max([self._peak, *(one.peak_bytes for one in self.running.values())])
         if not self.running:
             if estimate > self._memory:
                 needed, given = estimate / GB, self._memory / GB
@@ -141,11 +146,12 @@ class Pool:
                 self._release(one)
                 self.waiting.insert(0, one.job)
             return None
+        one.measure()
         pid, status, usage = os.wait4(one.process.pid, os.WNOHANG)
         if not pid:
             return None
         one.process.returncode = os.waitstatus_to_exitcode(status)
-        peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        peak = one.peak_bytes or usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         self._peak = max(self._peak, peak)
         outcome = Outcome(one.process.returncode, time.monotonic() - one.began, peak, _last_lines(f"{one.job.log}.stderr"))
         self._release(one)

@@ -40,7 +40,7 @@ def make(workers: int, configs: Sequence[Config]) -> list[Slot]:
     platform, devices, chips = _probe()
     if platform == "cpu":
         return [Slot(cores=cores) for cores in share_cores(sorted(_usable_cores()), workers)]
-    return _accelerators(platform, devices, chips, workers, max(c.mesh.data * c.mesh.fsdp * c.mesh.tensor for c in configs))
+    return accelerators(platform, devices, chips, workers, max(c.mesh.data * c.mesh.fsdp * c.mesh.tensor for c in configs))
 
 
 def _probe() -> tuple[str, int, int]:
@@ -65,7 +65,7 @@ def share_cores(cores: Sequence[int], workers: int) -> list[frozenset[int]]:
     return [frozenset(cores[start:end]) for start, end in zip(ends, ends[1:], strict=False)]
 
 
-def _accelerators(platform: str, devices: int, chips: int, workers: int, each: int) -> list[Slot]:
+def accelerators(platform: str, devices: int, chips: int, workers: int, each: int) -> list[Slot]:
     """`each` accelerators for a worker, which sees no others."""
     if platform == "tpu":
         if each > 1 or devices != chips:
