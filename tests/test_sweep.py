@@ -21,7 +21,7 @@ import scipy.stats
 from absl import flags
 from ml_collections import config_flags
 
-from opd_jax import cli, metrics, sweeps, train
+from opd_jax import cli, glossary, metrics, sweeps, train
 from opd_jax import config as config_lib
 from opd_jax.analysis import stats
 from opd_jax.config import ConfigError
@@ -633,7 +633,7 @@ def wait_until(condition, seconds=240):
 
 def reproducible(path):
     """The records of a run without what depends on the clock."""
-    return [{k: v for k, v in record.items() if not metrics.depends_on_clock(k)} for record in metrics.read(path)]
+    return [{k: v for k, v in record.items() if not glossary.depends_on_clock(k)} for record in metrics.read(path)]
 
 
 @pytest.mark.slow
