@@ -38,7 +38,8 @@ workdir
 job
 recorder
 train
-analysis""".splitlines()
+analysis
+sweeps""".splitlines()
 FLOOR = {name: level for level, line in enumerate(FLOORS) for name in line.split()}
 
 # Vendor -> the modules that may import it.

@@ -51,6 +51,27 @@ def parse(config: ConfigDict) -> Config:
     return parsed
 
 
+def parse_with(config: ConfigDict, values: dict[str, Any]) -> Config:
+    """parse() of a config in which {"estimator.gamma": 0.5, ...} are set. Raises ConfigError, also for a field that does not exist."""
+    fields, valid = config.to_dict(), flatten(Config())
+    for name, value in values.items():
+        if name not in valid:
+            raise ConfigError(no_field(name))
+        *blocks, last = name.split(".")
+        block = fields
+        for one in blocks:
+            block = block[one]
+        block[last] = value
+    return parse(ConfigDict(fields))
+
+
+def no_field(name: str) -> str:
+    """What is wrong with the full name of a field that does not exist, or that is a block of fields."""
+    valid = list(flatten(Config()))
+    inside = [field for field in valid if field.startswith(name + ".")]
+    return f"config field {name} is a block; its fields: {', '.join(inside)}" if inside else unknown_field(name, valid)
+
+
 def _build(cls: type, fields: Any, prefix: str):
     if not isinstance(fields, dict):
         raise ConfigError(f"config field {prefix[:-1]} = {fields!r} must be a block with the fields {', '.join(_names(cls))}")

@@ -9,8 +9,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from opd_jax import config as config_lib
 from opd_jax import metrics, objective
 from opd_jax.config import Config, ConfigError, loading
@@ -104,23 +102,9 @@ def _seeding(base: Base) -> tuple[Base, str, int]:
 def _resolve(base: Base, point: Point) -> tuple[str, Config]:
     """(FILE.py:arg, the parsed config) of a point."""
     source = base.with_arguments({name[1:]: value for name, value in point.items() if name.startswith(":")})
-    fields = config_lib.load_config(source).to_dict()
-    for name, value in (base.overrides | _fields(point)).items():
-        *blocks, last = name.split(".")
-        if name not in FIELDS:
-            raise ConfigError(_no_field(name))
-        block = fields
-        for one in blocks:
-            block = block[one]
-        block[last] = value
-    config = config_lib.parse(ConfigDict(fields))
+    config = config_lib.parse_with(config_lib.load_config(source), base.overrides | _fields(point))
     objective.from_config(config, has_teacher=bool(config.teacher.path or config.teacher.recipe))
     return source, config
-
-
-def _no_field(name: str) -> str:
-    inside = [field for field in FIELDS if field.startswith(name + ".")]
-    return f"config field {name} is a block; its fields: {', '.join(inside)}" if inside else config_lib.unknown_field(name, list(FIELDS))
 
 
 def _fields(point: Point) -> dict[str, Any]:
@@ -183,7 +167,7 @@ def parse_flag(text: str) -> list[Point]:
     if not given:
         raise ConfigError(f"--sweep={text}: must be FIELD=v1,v2, such as learner.learning_rate=1e-3,2e-3")
     if not name.startswith(":") and name not in FIELDS:
-        raise ConfigError(f"--sweep={text}: {_no_field(name)}")
+        raise ConfigError(f"--sweep={text}: {config_lib.no_field(name)}")
     kind = FIELDS.get(name)
     return [{name: _value(one, kind, text)} for one in next(csv.reader([values])) or [""]]
 
