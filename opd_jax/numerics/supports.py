@@ -4,6 +4,8 @@ A sum over entries has the gradient `slope - p sum(slope)`, slope = p df/dp (ent
 are sets of ids: they carry no gradient.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -70,6 +72,15 @@ def local(logp: jax.Array, logq: jax.Array | None, tokens_BT: jax.Array, signal:
         tail_loss, tail_gradient = _sampled(slope, logp, tokens_BT, ~pick(on, tokens_BT))
         loss, gradient = loss + tail_loss, gradient + tail_gradient
     return loss, gradient
+
+
+def gradient_products(
+    logp: jax.Array, logq: jax.Array | None, tokens_BT: jax.Array, signal: Signal
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(|h|^2, |g|^2, <h, g>), each [B, t]: h the gradient of `local`, g that of the same kind over the whole vocabulary."""
+    full = dataclasses.replace(signal, support="full", tail="renormalise", k=None)
+    h, g = (local(logp, logq, tokens_BT, one)[1] for one in (signal, full))
+    return jnp.sum(h * h, axis=-1), jnp.sum(g * g, axis=-1), jnp.sum(h * g, axis=-1)
 
 
 def _total(value: jax.Array, slope: jax.Array, logp: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -63,12 +63,16 @@ class Stats:
     optimal_baseline_BT: jax.Array | None = (
         None  # E[w l] / E[w] over y ~ pi, w = |e_y - pi|^2 (logit-score proxy), l = log q(y) - log pi(y)
     )
+    gradient_square_BT: jax.Array | None = None  # |h|^2, h the gradient of local by the student's logits, those divided by the temperature
+    full_gradient_square_BT: jax.Array | None = None  # |g|^2, g the same with support "full"
+    gradient_dot_BT: jax.Array | None = None  # <h, g>
 
 
 # Name of a statistic in `needs` -> its field.
 _FIELDS = {field.name.rsplit("_", 1)[0]: field.name for field in dataclasses.fields(Stats)}
 STATISTICS = tuple(_FIELDS)
 _OF_TARGET = {"target_logp", "extra_target_logp", "kl", "target_entropy", "target_mass", "overlap", "optimal_baseline"}
+_OF_LOSS = {"local", "gradient_square", "full_gradient_square", "gradient_dot"}
 _OF_EXTRA = {"extra_logp", "extra_target_logp"}
 jax.tree_util.register_dataclass(Stats, data_fields=list(_FIELDS.values()), meta_fields=[])
 
@@ -92,7 +96,7 @@ def token_stats(
     """
     wanted = tuple(name for name in STATISTICS if name in needs)
     assert set(wanted) == set(needs), f"unknown statistics {set(needs) - set(wanted)}"
-    compares = ("local" in wanted and signal.needs_target) or ({"mass", "local"} & set(needs) and signal.is_topk) or _OF_TARGET & set(needs)
+    compares = (_OF_LOSS & set(needs) and signal.needs_target) or ("mass" in needs and signal.is_topk) or _OF_TARGET & set(needs)
     assert target is not None or not compares, f"{set(needs)} of {signal} need a target"
     assert extra_tokens_BTN is not None or not _OF_EXTRA & set(needs), "extra log-probs need extra_tokens_BTN"
     if "overlap" in needs and not signal.is_topk:
@@ -126,6 +130,9 @@ def _tile_values(student, teacher, tokens, signal: Signal, wanted: tuple[str, ..
         "target_mass": lambda: supports.mass(logq, supports.members(logp, logq, tokens_BT, signal)),
         "overlap": lambda: supports.overlap(logp, logq, signal.k),
         "optimal_baseline": lambda: _optimal_baseline(logp, logq),
+        "gradient_square": lambda: supports.gradient_products(logp, logq, tokens_BT, signal)[0],
+        "full_gradient_square": lambda: supports.gradient_products(logp, logq, tokens_BT, signal)[1],
+        "gradient_dot": lambda: supports.gradient_products(logp, logq, tokens_BT, signal)[2],
     }
     return [make[name]() for name in wanted]
 
