@@ -113,7 +113,12 @@ def make_update(
     return jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def gradient(
+def gradient(*arguments, **settings):
+    """(loss, sums of per-token statistics, gradient by `params`) of a batch, the same at any number of microbatches."""
+    return gradient_and_statistics(*arguments, **settings)[0]
+
+
+def gradient_and_statistics(
     objective,
     student_config,
     teacher_config,
@@ -125,28 +130,37 @@ def gradient(
     attach: Attach = None,
     base=None,
 ):
-    """(loss, sums of per-token statistics, gradient by `params`) of a batch, the same at any number of microbatches."""
-
+    """(what `gradient` gives, for the diagnostics: per-token statistics [B, T], squared norms of the microbatches' gradients [M])."""
     read = functools.partial(_heads, student_config, teacher_config, teacher_params, attach, base)
 
     def piece(micro: Batch):
         def loss(params):
             head, target = read(params, micro)
-            return objective_lib.loss(
+            value, sums = objective_lib.loss(
                 objective, head, target, micro.student.completion_BT, micro.context, micro.weights_BT, micro.denominator
             )
+            return value, (sums, objective_lib.look(objective, head, target, micro.student.completion_BT))
 
-        (value, sums), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        return value, sums, grads
+        (value, (sums, stats)), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return (value, sums, grads), stats
 
     if microbatches == 1:
-        return piece(batch)
+        total, stats = piece(batch)
+        return total, (stats, None)
     if objective.estimator.looks_across:
         batch = _prepare(objective, functools.partial(read, params), batch, microbatches)
     pieces = _split(batch, microbatches)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(piece, jax.tree.map(lambda x: x[0], pieces)))
-    total, _ = jax.lax.scan(lambda total, micro: (jax.tree.map(jnp.add, total, piece(micro)), None), zeros, pieces)
-    return total
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(piece, jax.tree.map(lambda x: x[0], pieces))[0])
+
+    def add(total, micro):
+        share, stats = piece(micro)
+        # Without the barrier the compiler may merge a share with the sum, or with its norm: the rounding would depend on who looks on.
+        share = jax.tree.map(jax.lax.optimization_barrier, share)
+        square = optax.tree.norm(share[2], squared=True) if objective.diagnostics else None
+        return jax.tree.map(jnp.add, total, share), (stats, square)
+
+    total, (stats, square_M) = jax.lax.scan(add, zeros, pieces)
+    return total, (jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), stats), square_M)
 
 
 def _heads(student_config, teacher_config, teacher_params, attach: Attach, base, params, micro: Batch):
@@ -187,7 +201,9 @@ def _split(batch: Batch, microbatches: int) -> Batch:
 def _update_function(objective, student_config, teacher_config, optimizer, microbatches, attach):
     def update(state: TrainState, teacher_params, batch: Batch, base=None) -> tuple[TrainState, dict]:
         settings = {"microbatches": microbatches, "attach": attach, "base": base}
-        loss, sums, grads = gradient(objective, student_config, teacher_config, state.params, teacher_params, batch, **settings)
+        (loss, sums, grads), statistics = gradient_and_statistics(
+            objective, student_config, teacher_config, state.params, teacher_params, batch, **settings
+        )
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         # The host sees metrics one step late: until then a bad gradient, and what follows it, must leave the state as it was.
@@ -195,6 +211,8 @@ def _update_function(objective, student_config, teacher_config, optimizer, micro
         finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, metrics.values()), state.finite)
         moved = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, finite)
         state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state.replace(finite=finite))
+        if objective.diagnostics:  # beside the others: a quantity that does not exist is NaN, and no reason to stop
+            metrics["diagnostics"] = objective_lib.diagnose(*statistics, grad_norm, batch.context)
         return state, metrics
 
     return update

@@ -5,8 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from opd_jax import parallel
 from opd_jax.config import Config, ConfigError, check_choice
-from opd_jax.numerics import baselines, credit, entries, estimators, importance, masked
+from opd_jax.numerics import baselines, credit, diagnostics, entries, estimators, importance, masked
 from opd_jax.numerics.estimators import Context, Estimator
 from opd_jax.numerics.token_stats import SUPPORTS, TAILS, Head, Signal, Stats, Target, token_stats
 
@@ -19,6 +20,7 @@ class Objective:
     normaliser: str
     max_length: int  # tokens, the divisor of normaliser="constant"
     has_teacher: bool  # the teacher scores each update's completions
+    diagnostics: bool = False  # measure diag/ beside the loss
 
     @property
     def shown(self) -> frozenset[str]:
@@ -40,7 +42,7 @@ def from_config(config: Config, *, has_teacher: bool) -> Objective:
         )
     # Cross-entropy needs no teacher, and the metrics that compare with one speak of the student's own completions.
     scored = has_teacher and (built.signal.needs_target or config.rollout.source == "student")
-    return Objective(built, config.loss.normaliser, config.rollout.max_new_tokens, scored)
+    return Objective(built, config.loss.normaliser, config.rollout.max_new_tokens, scored, config.log.diagnostics)
 
 
 def _estimator(config: Config) -> Estimator:
@@ -131,6 +133,39 @@ def _sums(stats: Stats, context: Context) -> dict[str, jax.Array]:
         sums["kl"] = masked.masked_sum(stats.kl_BT, mask_BT)
         sums["log_ratio"] = masked.masked_sum(stats.target_logp_BT - stats.logp_BT, mask_BT)
     return sums
+
+
+def look(objective: Objective, student: Head, target: Target | None, tokens_BT: jax.Array) -> Stats | None:
+    """What the diagnostics see of these rows, at temperature 1; None where they are off.
+
+    A pass over the vocabulary of its own, behind a barrier: the compiler does not merge it with the loss, whose numbers must not depend on
+    who looks on.
+    """
+    if not objective.diagnostics:
+        return None
+    student, target = jax.lax.optimization_barrier(jax.lax.stop_gradient((student, target)))
+    k = objective.estimator.signal.k or diagnostics.TOP
+    signal = Signal("reverse_kl", "topk_teacher", k=k) if target is not None else Signal("nll")
+    needs = diagnostics.NEEDS if target is not None else ("logp",)
+    return token_stats(student, target, tokens_BT, signal=signal, needs=needs)
+
+
+def diagnose(stats: Stats, square_M: jax.Array | None, grad_norm: jax.Array, context: Context) -> dict[str, jax.Array]:
+    """The diagnostics of a whole batch: scalars by metric name (NaN: there is none), and `log_ratio_BT` [B, T] where there is a teacher.
+
+    `stats` of all rows; `square_M` are the squared gradient norms of the microbatches (None: one), `grad_norm` is the norm of their sum.
+    """
+    mask_BT = context.mask_BT
+    found = {}
+    if context.behaviour_logp_BT is not None:
+        found |= diagnostics.effective_samples(stats.logp_BT - context.behaviour_logp_BT, mask_BT)
+    if square_M is not None:
+        found |= diagnostics.gradient_noise(square_M, jnp.square(grad_norm), mask_BT.shape[0])
+    if stats.kl_BT is not None:
+        log_ratio_BT = stats.target_logp_BT - stats.logp_BT
+        found |= diagnostics.log_ratios(log_ratio_BT, mask_BT) | diagnostics.against_teacher(stats, mask_BT)
+        found["log_ratio_BT"] = parallel.constrain(log_ratio_BT, None, None)  # whole on every device: the host reads it
+    return found
 
 
 def metrics(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:

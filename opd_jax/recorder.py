@@ -12,6 +12,7 @@ import numpy as np
 from opd_jax import machine
 from opd_jax.data import tasks
 from opd_jax.data.pipeline import Batch
+from opd_jax.diagnostics import Diagnostics
 from opd_jax.job import Job
 from opd_jax.metrics import Progress
 from opd_jax.samples import Annotated
@@ -51,6 +52,7 @@ class Recorder:
         self._progress = progress
         self._pending: Pending | None = None
         self._clock = time.perf_counter()  # when the last step was finished
+        self._diagnostics = Diagnostics(job.student.tokenizer, job.config.rollout.source)
         self._waiter = ThreadPoolExecutor(1)  # waits for the device, so that the loop need not
 
     def start(self) -> Iterator[dict]:
@@ -105,6 +107,8 @@ class Recorder:
 
     def _complete(self, pending: Pending, *, evaluate: bool = False) -> dict:
         record = {"step": pending.step, **self._train_metrics(pending.step, pending.measured), **self._rollout_metrics(pending)}
+        if "diagnostics" in pending.measured:
+            record |= self._diagnostics.record(pending.measured["diagnostics"], pending.completions)
         finished = pending.finished.result()
         seconds, self._clock = finished - self._clock, finished
         self._info["seconds"] += seconds
@@ -115,7 +119,7 @@ class Recorder:
         return written
 
     def _train_metrics(self, step: int, measured: dict) -> dict[str, float]:
-        values = {name: float(value) for name, value in measured.items()}
+        values = {name: float(value) for name, value in measured.items() if name != "diagnostics"}
         for name, value in values.items():
             if not np.isfinite(value):
                 self._pending = None  # no update after this one changed the state

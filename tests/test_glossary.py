@@ -29,7 +29,7 @@ def test_every_metric_that_the_code_writes_is_in_the_glossary():
     found = set()
     for path in (ROOT / "opd_jax").rglob("*.py"):
         if path.name != "glossary.py":
-            found |= set(re.findall(r'"((?:train|rollout|eval|time)/[a-z_]+)"', path.read_text()))
+            found |= set(re.findall(r'"((?:train|rollout|eval|time|diag)/[a-z_]*[a-z])"', path.read_text()))
     assert len(found) > 20
     assert found <= set(GLOSSARY)
 
@@ -91,16 +91,31 @@ COMPARED = {"train/reverse_kl", "train/log_ratio_mean"}
 WITH_TEACHER = {"eval/reverse_kl", "eval/forward_kl"}
 VERIFIED = {"rollout/reward", "eval/accuracy", "eval/pass_at_k"}
 ENDS = {"eval/reverse_kl_low", "eval/forward_kl_high"}
+WATCHED = {"log.diagnostics": True}
+LOOKED_AT = {"diag/log_ratio_p50", "diag/topk_overlap", "diag/teacher_entropy"}
+OWN_DRAWS = {"diag/ess_token", "diag/ess_sequence"}
 # case -> (fields, names that are there, names that are not)
 CASES = {
-    "student": ({}, COMPARED | WITH_TEACHER | VERIFIED | ENDS | {"eval/teacher_sampled_accuracy"}, set()),
-    "teacher": ({"rollout.source": "teacher"}, WITH_TEACHER | VERIFIED, COMPARED),
-    "no_teacher": (
-        {"teacher.path": "", "rollout.source": "dataset", "signal.divergence": "nll"},
-        {"eval/accuracy"},
-        WITH_TEACHER | COMPARED,
+    "student": (
+        WATCHED | {"rollout.batch_size": 32, "rollout.max_new_tokens": 4, "learner.microbatches": 2},
+        COMPARED | WITH_TEACHER | VERIFIED | ENDS | {"eval/teacher_sampled_accuracy"} | LOOKED_AT | OWN_DRAWS,
+        set(),
     ),
-    "unconditional": ({"task.name": "unconditional", "eval.prompts": 1}, COMPARED | WITH_TEACHER, VERIFIED | ENDS),
+    "teacher": (
+        WATCHED | {"rollout.source": "teacher"},
+        WITH_TEACHER | VERIFIED | LOOKED_AT,
+        COMPARED | OWN_DRAWS | {"diag/gradient_noise"},
+    ),
+    "no_teacher": (
+        WATCHED | {"teacher.path": "", "rollout.source": "dataset", "signal.divergence": "nll"},
+        {"eval/accuracy", "diag/terminal_loops"},
+        WITH_TEACHER | COMPARED | LOOKED_AT | OWN_DRAWS,
+    ),
+    "unconditional": (
+        {"task.name": "unconditional", "eval.prompts": 1},
+        COMPARED | WITH_TEACHER,
+        VERIFIED | ENDS | {"diag/terminal_loops"},
+    ),
 }
 
 

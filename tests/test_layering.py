@@ -33,7 +33,7 @@ metrics
 trackers
 evaluate
 machine
-samples
+samples diagnostics
 workdir
 job
 recorder

@@ -30,6 +30,8 @@ CURVES = (
     "rollout/length",
     "train/grad_norm",
 )
+# Of log.diagnostics, in a section of their own.
+DIAGNOSTICS = tuple(name for name in metrics.GLOSSARY if name.startswith("diag/") and metrics.GLOSSARY[name].unit != "token id")
 SAMPLE_WIDTH = 600  # characters, in a terminal
 
 
@@ -83,7 +85,8 @@ def render(runs: Sequence[Run]) -> str:
         sentences=summary.sentences(groups),
         table=summary.table(groups),
         caption=summary.caption(groups),
-        figures=_figures(groups),
+        figures=_figures(groups, CURVES),
+        diagnostics=_figures(groups, DIAGNOSTICS),
         thinned=max((len(run.records) for run in runs), default=0) > POINTS,
         points=POINTS,
         between=between,
@@ -108,9 +111,9 @@ def _source(environment: jinja2.Environment, name: str) -> markupsafe.Markup:
     return markupsafe.Markup(environment.loader.get_source(environment, name)[0])
 
 
-def _figures(groups: Sequence[Group]) -> list[dict[str, Any]]:
+def _figures(groups: Sequence[Group], names: Sequence[str]) -> list[dict[str, Any]]:
     figures = []
-    for name in CURVES:
+    for name in names:
         lines = [series(group, name) for group in groups]
         if any(len(one["steps"]) > 1 for one in lines):
             described = metrics.GLOSSARY[name]

@@ -156,6 +156,7 @@ class Log:
     tensorboard: bool = False  # event files for TensorBoard beside metrics.jsonl, in the run's tensorboard/ (package tensorboardX)
     wandb: bool = False  # the same for Weights & Biases (package wandb); WANDB_MODE=offline keeps it on this machine
     wandb_project: str = "opd_jax"  # project of the run there; WANDB_ENTITY names the team
+    diagnostics: bool = False  # metrics diag/ of each update (docs/metrics.md); those of gradient noise need learner.microbatches >= 2
 
 
 @dataclasses.dataclass(frozen=True)
