@@ -1,0 +1,106 @@
+"""Figures of the toy study, as PNG and SVG files: gradient variance, visited positions, exact bias and variance."""
+
+import pathlib
+from collections.abc import Sequence
+
+import matplotlib
+import matplotlib.figure
+import numpy as np
+
+BLOCKS = 100  # of iterations, whose geometric mean is one point of a curve
+STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "svg.hashsalt": "opd_jax"}
+
+
+def _colours(count: int) -> list:
+    """From dark to bright in the order of gamma."""
+    return [matplotlib.colormaps["viridis"](x) for x in np.linspace(0, 0.9, count)]
+
+
+def _save(figure: matplotlib.figure.Figure, stem: pathlib.Path) -> None:
+    figure.savefig(stem.with_suffix(".png"), dpi=130)
+    figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
+
+
+def _figure(rows: int, columns: int, width: float, height: float, **shared):
+    figure = matplotlib.figure.Figure(figsize=(width * columns, height * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **shared)
+
+
+def variance(stem: pathlib.Path, variance_GSI: np.ndarray, gammas: Sequence[float], *, title: str) -> None:
+    """Gradient variance against iteration on a log axis, one panel per task: geometric mean over seeds, from the least to the largest seed.
+
+    Iterations alternate between the tasks, the first is on the left one. A curve ends where a seed's variance is no longer finite.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(1, 2, 4.6, 3.2, sharey=True)
+        figure.suptitle(title, fontsize=9)
+        for task, (name, axis) in enumerate(zip(("left", "right"), axes[0], strict=True)):
+            iterations = np.arange(1, variance_GSI.shape[-1] + 1)[task::2]
+            blocks = min(BLOCKS, len(iterations))
+            x = [piece.mean() for piece in np.array_split(iterations, blocks)]
+            for values_SI, gamma, colour in zip(variance_GSI[..., task::2], gammas, _colours(len(gammas)), strict=True):
+                logs_SI = np.log10(np.where(values_SI > 0, values_SI, np.nan))
+                y_SX = np.stack([piece.mean(-1) for piece in np.array_split(logs_SI, blocks, axis=-1)], axis=-1)
+                axis.plot(x, 10 ** y_SX.mean(0), color=colour, linewidth=1.3, label=f"γ = {gamma:g}")
+                axis.fill_between(x, 10 ** y_SX.min(0), 10 ** y_SX.max(0), color=colour, alpha=0.2, linewidth=0)
+            axis.set(yscale="log", title=f"{name} task", xlabel="iteration")
+        axes[0, 0].set_ylabel("gradient variance, output layer")
+        axes[0, 1].legend()
+        _save(figure, stem)
+
+
+def visits(
+    stem: pathlib.Path,
+    visits_STX: dict[str, np.ndarray],
+    seeds: Sequence[int],
+    edges: np.ndarray,
+    targets: Sequence[float],
+    *,
+    title: str,
+) -> None:
+    """Heat maps of time x position, a column per title and a row per seed: sqrt of the share of visits, divided by the panel's largest.
+
+    Dotted lines are the targets."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(len(seeds), len(visits_STX), 2.3, 1.9, sharex=True, sharey=True)
+        figure.suptitle(title, fontsize=9)
+        for p, (panel, panel_STX) in enumerate(visits_STX.items()):
+            for s, seed in enumerate(seeds):
+                seen_TX = np.sqrt(panel_STX[s])
+                extent = (-0.5, len(seen_TX) - 0.5, edges[0], edges[-1])
+                shown_XT = seen_TX.T / max(seen_TX.max(), 1e-12)
+                axis = axes[s, p]
+                axis.imshow(shown_XT, origin="lower", aspect="auto", extent=extent, cmap="magma", vmin=0, vmax=1, interpolation="nearest")
+                for target in targets:
+                    axis.axhline(target, color="white", linewidth=0.6, linestyle="dotted")
+                if s == 0:
+                    axis.set_title(panel, fontsize=9)
+                if p == 0:
+                    axis.set_ylabel(f"seed {seed}\nposition")
+            axes[-1, p].set_xlabel("time")
+        _save(figure, stem)
+
+
+def exact(stem: pathlib.Path, rows: Sequence[dict], batch: int, *, title: str) -> None:
+    """Exact squared bias, variance of the batch's mean, and their sum against gamma; one line per point of training.
+
+    Lines are geometric means over seeds and tasks; the bias of gamma = 1 is 0 and has no point.
+    """
+    names = ("squared bias", f"variance / {batch}", f"squared error, batch of {batch}")
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(1, 3, 3.2, 3.0, sharex=True, sharey=True)
+        figure.suptitle(title, fontsize=9)
+        points = sorted({row["iteration"] for row in rows})
+        for point, colour in zip(points, _colours(len(points)), strict=True):
+            own = [row for row in rows if row["iteration"] == point]
+            gammas = sorted({row["gamma"] for row in own})
+            of = lambda name, own=own, gammas=gammas: np.array([[row[name] for row in own if row["gamma"] == g] for g in gammas])
+            bias_GR, noise_GR = of("bias") ** 2, of("variance") / batch
+            bias_GR = np.where(np.array(gammas)[:, None] < 1, bias_GR, np.nan)
+            for axis, values_GR in zip(axes[0], (bias_GR, noise_GR, np.nan_to_num(bias_GR) + noise_GR), strict=True):
+                logs = np.log10(values_GR)
+                axis.plot(gammas, 10 ** logs.mean(1), color=colour, marker="o", markersize=3, label=f"iteration {point}")
+        for axis, name in zip(axes[0], names, strict=True):
+            axis.set(yscale="log", title=name, xlabel="γ")
+        axes[0, 1].legend(fontsize=8)
+        _save(figure, stem)

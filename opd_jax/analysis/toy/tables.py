@@ -1,0 +1,124 @@
+"""The toy study's page: settings, what held, and the numbers, as Markdown tables."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from opd_jax.analysis.summary import estimate
+from opd_jax.analysis.toy.results import REACHED, TASKS
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def page(found: dict) -> str:
+    """Markdown of what study.run found."""
+    published, ours = (_fields(found["settings"][name]) for name in ("published", "ours"))
+    parts = [
+        "# Toy study of gradient variance",
+        "After Fu et al., Revisiting On-Policy Distillation, arXiv 2603.25562, section 2.1 and appendix E.",
+        f"Published settings: {published}.",
+        f"Not published, chosen here: {ours}; and what `opd_jax/analysis/toy/settings.py` says in words.",
+        "Geometric means over seeds with 95% intervals (Student's t of logarithms); `diverged` where a seed's numbers are not finite.",
+        "Early and late: medians over the first and the last tenth of the updates. Held: in how many cases of (seed, task).",
+    ]
+    for name, one in found["gaussian"].items():
+        parts += [f"## Gaussian steps, {name}", *_world(one)]
+    parts += ["## Chain: steps -1, 0, 1 on 17 places", *_world(found["chain"]), *_exact(found["chain"]["exact"])]
+    return "\n\n".join([*parts, *_facts(found["facts"])]) + "\n"
+
+
+def _fields(fields: dict) -> str:
+    return ", ".join(f"{name} {value}" for name, value in fields.items())
+
+
+def _number(interval: list[float] | None) -> str:
+    """`value [low, high]` with three digits that count."""
+    if interval is None:
+        return "diverged"
+    value, low, high = (f"{x:.3g}" for x in interval)
+    return f"{value} [{low}, {high}]"
+
+
+def _world(one: dict) -> list[str]:
+    rows = []
+    for row in one["gammas"]:
+        numbers = [_number(row[name]) for name in ("early_variance", "late_variance", "early_ratio", "late_ratio")]
+        distances = [_number(row["distance"][task]) for task in TASKS]
+        reached = sum(x is not None and x <= REACHED for seed in row["distance_per_seed"] for x in seed)
+        rows.append([f"{row['gamma']:g}", *numbers, *distances, reached, _number(row["reverse_kl"])])
+    rows.append(["teachers", "", "", "", "", *(_number(one["teacher_distance"][task]) for task in TASKS), "", ""])
+    header = ["gamma", "early variance", "late variance", "early, over gamma 0", "late, over gamma 0"]
+    header += [f"distance to the {task} target" for task in TASKS]
+    header += [f"(seed, task) within {REACHED:g}", "sequence KL, nats"]
+    told = [[claim["published"], claim["rule"], f"{claim['held']} of {claim['of']}", _verdict(claim)] for claim in one["claims"]]
+    return [table(header, rows), table(["published", "counted as held if", "held", "reproduces"], told)]
+
+
+def _verdict(claim: dict) -> str:
+    return {claim["of"]: "yes", 0: "no"}.get(claim["held"], "in part")
+
+
+def _exact(rows: list[dict]) -> list[str]:
+    """Geometric means over seeds and tasks."""
+    mean = lambda values: f"{10 ** np.mean(np.log10(values)):.3g}"
+    lines = []
+    for iteration in sorted({row["iteration"] for row in rows}):
+        for gamma in sorted({row["gamma"] for row in rows}):
+            own = [row for row in rows if (row["iteration"], row["gamma"]) == (iteration, gamma)]
+            bias = mean([row["bias"] / row["gradient"] for row in own]) if gamma < 1 else "0"
+            cosine = f"{np.mean([row['cosine'] for row in own]):.3f}"
+            signal = mean([row["gradient"] ** 2 / row["variance"] for row in own])
+            lines.append(
+                [iteration, f"{gamma:g}", bias, cosine, *(mean([row[v] for row in own]) for v in ("variance", "output_variance")), signal]
+            )
+    header = ["iteration", "gamma", "bias / gradient", "cosine", "variance, one trajectory", "of the output layer", "gradient^2 / variance"]
+    told = "Exact, by dynamic programming, all at the students of gamma = 0; geometric means over seeds and tasks (of cosines the mean):"
+    return [told, table(header, lines)]
+
+
+def _facts(facts: dict) -> list[str]:
+    exact = lambda x: f"{x:.2g}"
+    entropy = [
+        [r["model"], *(exact(r[k]) for k in ("value", "entropy_differentiated", "sampled_reward", "entropy_as_reward"))]
+        for r in facts["entropy"]
+    ]
+    fixed = []
+    for row in facts["fixed_points"]:
+        numbers = (
+            row["total_variation"],
+            max(row["stationary"].values()),
+            row["kept_to_go"],
+            row["token_difference"],
+            row["to_go_difference"],
+        )
+        fixed.append([row["length"], f"{row['lambda']:g}", *map(exact, numbers)])
+    none = lambda x: "not up to 3" if x is None else f"{x:g}"
+    breaks = []
+    for row in facts["breaks"]:
+        numbers = [f"{row['best_lambda']:g}", estimate(row["best_gain"]), none(row["breaks_from"]), none(row["one_completion_from"])]
+        breaks.append([row["case"], f"{row['error']:g}", row["form"], *numbers])
+    ratios = [[row["behaviour"], row["term"], row["weight"], exact(row["bias"]), exact(row["variance"])] for row in facts["off_policy"]]
+    return [
+        "## Exact facts, by enumeration",
+        "-KL = E[sum log q(y_t) + H(pi_t)]: errors of the value (nats) and, relative, of the gradient by three readings:",
+        table(["model", "value", "entropy differentiated", "sampled reward log q - log pi", "entropy as a reward alone"], entropy),
+        "ExOPD, tabular: targets ref^(1-lambda) q^lambda, normalised at each prefix or not:",
+        table(
+            [
+                "T",
+                "lambda",
+                "distance of the fixed points (TV)",
+                "gradient at the own fixed point",
+                "to-go gradient of the unnormalised at the other",
+            ]
+            + ["token gradients differ", "to-go gradients differ"],
+            fixed,
+        ),
+        "Where extrapolation breaks (`opd_jax/analysis/toy/extrapolation.py` defines it):",
+        table(["case", "size of the error", "target", "best lambda", "gain over lambda 1", "breaks from", "one completion from"], breaks),
+        "Off-policy: relative bias and variance of each term under each weight (before: rho_{<t}, through: rho_{<=t}):",
+        table(["behaviour", "term", "weight", "bias", "variance"], ratios),
+    ]
