@@ -39,16 +39,14 @@ def _fixed_points(length: int) -> list[dict]:
 
 def _off_policy() -> list[dict]:
     old = enumeration.make("shared parameters", **MODELS["shared parameters"])
-    descend = lambda model: dataclasses.replace(model, theta_FV=model.theta_FV - RATE * _gradient(model))
-    student = old
-    for _ in range(UPDATES):
-        student = descend(student)
+
+    def descend(_, theta_FV):
+        gradient = dataclasses.replace(old, theta_FV=theta_FV).exact_gradient("sequence_reverse_kl")
+        return theta_FV - RATE * gradient.reshape(theta_FV.shape)
+
+    student = dataclasses.replace(old, theta_FV=jax.lax.fori_loop(0, UPDATES, descend, old.theta_FV))
     behaviours = {
         "temperature 0.7": student.logits(student.theta_FV) / 0.7,
         f"parameters {UPDATES} updates older": old.logits(old.theta_FV),
     }
     return [{"behaviour": name, **row} for name, logits in behaviours.items() for row in facts.off_policy(student, logits)]
-
-
-def _gradient(model: enumeration.Enumerable) -> jax.Array:
-    return model.exact_gradient("sequence_reverse_kl").reshape(model.theta_FV.shape)

@@ -42,7 +42,14 @@ def entropy_reading(model: Enumerable) -> dict[str, float]:
     and differentiates the score alone, which misses E sum_t grad H(pi_t). Each is the norm of the error, relative to the gradient's.
     Source: by definition of the entropy; the reading is Liu et al.'s, Theory of On-Policy Distillation (2026).
     """
+    return {name: float(value) for name, value in jax.jit(lambda theta: _readings(_with(model, theta)))(model.theta_FV).items()}
 
+
+def _with(model: Enumerable, theta_FV: jax.Array) -> Enumerable:
+    return dataclasses.replace(model, theta_FV=theta_FV)
+
+
+def _readings(model: Enumerable) -> dict[str, jax.Array]:
     def bonus(theta_FV, held):
         logits_NTV = model.logits(theta_FV)
         logp_NTV = jax.nn.log_softmax(logits_NTV)
@@ -55,9 +62,9 @@ def entropy_reading(model: Enumerable) -> dict[str, float]:
     log_ratio_NT = _chosen(model.teacher_logits_NTV, model) - _chosen(model.logits(model.theta_FV), model)
     sampled = model.probability_N @ _score_gradients(model, credit_lib.advantages(log_ratio_NT, model.mask_NT, credit="to_go"))
     differentiated, as_reward = (-jax.grad(bonus)(model.theta_FV, held).ravel() for held in (False, True))
-    error = lambda gradient: float(jnp.linalg.norm(gradient - exact) / jnp.linalg.norm(exact))
+    error = lambda gradient: jnp.linalg.norm(gradient - exact) / jnp.linalg.norm(exact)
     return {
-        "value": float(bonus(model.theta_FV, False) + model.objective("sequence_reverse_kl", model.theta_FV)),
+        "value": bonus(model.theta_FV, False) + model.objective("sequence_reverse_kl", model.theta_FV),
         "entropy_differentiated": error(differentiated),
         "sampled_reward": error(sampled),
         "entropy_as_reward": error(as_reward),
@@ -107,7 +114,7 @@ def conditionals(model: Enumerable, law_N: jax.Array) -> jax.Array:
 
 def at_law(model: Enumerable, law_N: jax.Array) -> Enumerable:
     """The tabular student whose completions have this law."""
-    return dataclasses.replace(model, theta_FV=conditionals(model, law_N))
+    return _with(model, conditionals(model, law_N))
 
 
 # ---- behaviour corrections
@@ -132,17 +139,30 @@ def off_policy(model: Enumerable, behaviour_NTV: jax.Array) -> list[dict]:
     `local` is the exact per-prefix KL, `token` and `to_go` are sampled. The local term needs rho_{<t}, which the prefix's law asks for; a
     sampled token needs rho_{<=t}; rewards to go reach to the end and need the ratio of the sequence. The token ratio rho_t corrects none.
     """
+    found = jax.jit(lambda theta: _biases(_with(model, theta), behaviour_NTV))(model.theta_FV)
+    return [
+        {"term": term, "weight": name, "bias": float(bias), "variance": float(variance)}
+        for term, weights in found.items()
+        for name, (bias, variance) in weights.items()
+    ]
+
+
+def _biases(model: Enumerable, behaviour_NTV: jax.Array) -> dict[str, dict[str, tuple[jax.Array, jax.Array]]]:
     behaviour_N = jnp.exp(model.log_probability(behaviour_NTV))
-    rows = []
+
+    def measure(term, exact, weight_NT):
+        gradients = _weighted_gradients(model, term, weight_NT)
+        mean = behaviour_N @ gradients
+        variance = behaviour_N @ jnp.sum(jnp.square(gradients - mean[None]), axis=1)
+        return jnp.linalg.norm(mean - exact) / jnp.linalg.norm(exact), variance
+
+    weights = ratios(model, behaviour_NTV)
+    stacked = jnp.stack(list(weights.values()))
+    found = {}
     for term, target in TERMS.items():
-        exact, of = model.exact_gradient(target), jax.jit(functools.partial(_weighted_gradients, model, term))
-        for name, weight_NT in ratios(model, behaviour_NTV).items():
-            gradients = of(weight_NT)
-            mean = behaviour_N @ gradients
-            variance = behaviour_N @ jnp.sum(jnp.square(gradients - mean[None]), axis=1)
-            bias = jnp.linalg.norm(mean - exact) / jnp.linalg.norm(exact)
-            rows.append({"term": term, "weight": name, "bias": float(bias), "variance": float(variance)})
-    return rows
+        pairs = jax.vmap(functools.partial(measure, term, model.exact_gradient(target)))(stacked)
+        found[term] = {name: (pairs[0][i], pairs[1][i]) for i, name in enumerate(weights)}
+    return found
 
 
 def _weighted_gradients(model: Enumerable, term: str, weight_NT: jax.Array) -> jax.Array:
