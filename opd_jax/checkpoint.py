@@ -77,15 +77,15 @@ class Checkpoints:
         shutil.rmtree(aside, ignore_errors=True)
         (self.directory / str(step)).rename(aside)
 
-    def restore_params(self, abstract_params: dict) -> tuple[dict, dict[str, Any]]:
-        """(the parameters alone, info) of the newest entry that is whole. Raises UserError when there is none."""
-        result = self._newest(lambda entry: _load_params(entry / "state", abstract_params))
+    def restore_params(self, abstract_params: dict, step: int | None = None) -> tuple[dict, dict[str, Any]]:
+        """(the parameters alone, info) of the newest entry that is whole, or of one step. Raises UserError when there is none."""
+        result = self._newest(lambda entry: _load_params(entry / "state", abstract_params), step)
         if result is None:
             raise UserError(f"{self.directory}: holds no checkpoint; let the run save one, or give another folder")
         return result[1], result[2]
 
-    def _newest(self, load) -> tuple[int, Any, dict[str, Any]] | None:
-        steps = self.steps()
+    def _newest(self, load, step: int | None = None) -> tuple[int, Any, dict[str, Any]] | None:
+        steps = [one for one in self.steps() if step in (None, one)]
         reasons = []
         for step in reversed(steps):
             entry = self.directory / str(step)
@@ -112,14 +112,14 @@ def newest_step(directory: str | os.PathLike) -> int:
         return -1
 
 
-def restore_params(directory: str | os.PathLike, abstract_params: dict) -> dict:
-    """The parameters of the newest readable entry of a run, placed as `abstract_params` says. Raises UserError."""
-    return Checkpoints(directory).restore_params(abstract_params)[0]
+def restore_params(directory: str | os.PathLike, abstract_params: dict, step: int | None = None) -> dict:
+    """The parameters of the newest readable entry of a run, or of one step, placed as `abstract_params` says. Raises UserError."""
+    return Checkpoints(directory).restore_params(abstract_params, step)[0]
 
 
-def restore_params_and_info(directory: str | os.PathLike, abstract_params: dict) -> tuple[dict, dict[str, Any]]:
+def restore_params_and_info(directory: str | os.PathLike, abstract_params: dict, step: int | None = None) -> tuple[dict, dict[str, Any]]:
     """As restore_params, with what the run remembered beside them."""
-    return Checkpoints(directory).restore_params(abstract_params)
+    return Checkpoints(directory).restore_params(abstract_params, step)
 
 
 def _load(path: pathlib.Path, abstract):

@@ -152,6 +152,16 @@ class Progress:
             self._last_line = time.monotonic()
             self.phase(f"step {record['step']}/{self.steps}  {text}")
 
+    def advance(self, done: int, text: str) -> None:
+        """Moves the bar of something else than updates."""
+        import time
+
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, description=text)
+        elif not self._quiet and (done == self.steps or time.monotonic() - self._last_line > 5.0):
+            self._last_line = time.monotonic()
+            self.phase(f"{done}/{self.steps}  {text}")
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()

@@ -45,13 +45,20 @@ def describe(workdir: pathlib.Path, model: LoadedModel, base: str) -> None:
     (folder / "config.json").write_text(json.dumps(model_config_lib.to_hf(model.config), indent=2) + "\n")
 
 
-def open_model(path: str, *, mesh: Mesh | None = None, dtype=None) -> LoadedModel:
+def saved_steps(path: str | pathlib.Path) -> list[int]:
+    """Steps of the checkpoints of a run directory, ascending."""
+    return checkpoint.Checkpoints(pathlib.Path(path) / "checkpoints").steps()
+
+
+def open_model(path: str, *, mesh: Mesh | None = None, dtype=None, step: int | None = None) -> LoadedModel:
     """Loads parameters (born on the mesh), configuration and tokenizer. `dtype` None keeps what the files hold.
+
+    `step` is that of a run directory's checkpoint; None is the newest.
 
     Raises UserError when the path holds no model, or one that cannot be read.
     """
     if is_run_directory(path):
-        return _open_run(pathlib.Path(path), mesh, dtype)
+        return _open_run(pathlib.Path(path), mesh, dtype, step)
     if os.path.isdir(os.path.join(path, "checkpoints")):
         raise UserError(f"run directory {path}: model/config.json is missing; start the run again, or give another path")
     folder = hf.local_folder(path)
@@ -67,17 +74,19 @@ def read_description(workdir: pathlib.Path) -> LoadedModel:
     return LoadedModel({}, model_config_lib.from_hf(hf.read_fields(path), where=str(path)), tokenizer_lib.load(str(workdir / "model")))
 
 
-def _open_run(workdir: pathlib.Path, mesh: Mesh | None, dtype) -> LoadedModel:
+def _open_run(workdir: pathlib.Path, mesh: Mesh | None, dtype, step: int | None) -> LoadedModel:
     model = read_description(workdir)
     if (workdir / "model" / peft.CONFIG).is_file():
-        base, adapter, lora_config = open_base_and_adapter(workdir, mesh=mesh)
+        base, adapter, lora_config = open_base_and_adapter(workdir, mesh=mesh, step=step)
         wide = jax.tree.map(lambda x: x.astype(dtype or jnp.float32), base.params)  # 16 bits would round much of the update away
         return dataclasses.replace(model, params=lora.merge(wide, adapter, lora_config))
     abstract = spec.abstract(transformer.param_specs(model.config), dtype or jnp.float32, mesh)
-    return dataclasses.replace(model, params=checkpoint.restore_params(workdir / "checkpoints", abstract))
+    return dataclasses.replace(model, params=checkpoint.restore_params(workdir / "checkpoints", abstract, step))
 
 
-def open_base_and_adapter(workdir: pathlib.Path, *, mesh: Mesh | None = None) -> tuple[LoadedModel, dict, LoraConfig]:
+def open_base_and_adapter(
+    workdir: pathlib.Path, *, mesh: Mesh | None = None, step: int | None = None
+) -> tuple[LoadedModel, dict, LoraConfig]:
     """(base in the type it was trained with, newest adapter, its configuration) of a run that trained an adapter.
 
     Raises UserError, also for a base that is not the one that the run began with.
@@ -91,7 +100,7 @@ def open_base_and_adapter(workdir: pathlib.Path, *, mesh: Mesh | None = None) ->
     except UserError as error:
         raise UserError(f"{where}: cannot be opened ({error}); {remedy}") from None
     abstract = spec.abstract(lora.param_specs(transformer.param_specs(base.config), lora_config), jnp.float32, mesh)
-    adapter, info = checkpoint.restore_params_and_info(workdir / "checkpoints", abstract)
+    adapter, info = checkpoint.restore_params_and_info(workdir / "checkpoints", abstract, step)
     if info.get("base_hash") != spec.content_hash(base.params):
         raise UserError(f"{where}: its weights are not those that the run began with; {remedy}")
     return base, adapter, lora_config

@@ -60,10 +60,10 @@ def curves(series: Sequence[dict], *, title: str, unit: str) -> str:
         axes.grid(alpha=0.2)
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    return _for_a_page(text.getvalue(), title)
+    return for_a_page(text.getvalue(), title)
 
 
-def _for_a_page(svg: str, title: str) -> str:
+def for_a_page(svg: str, title: str) -> str:
     """The element alone, named, in the page's ink, without the ids that nothing refers to: several figures share one page."""
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     referred = set(re.findall(r"#(\w+)", svg))

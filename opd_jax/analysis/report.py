@@ -73,9 +73,7 @@ def write(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike) -> None
 def render(runs: Sequence[Run]) -> str:
     """The page. Every string in it is escaped and made visible, but for what this package wrote: figures, style, script and its data."""
     groups = group_by_seed(runs)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("opd_jax.analysis", "."), autoescape=True, undefined=jinja2.StrictUndefined, finalize=_visible
-    )
+    environment = make_environment()
     style, script = (_source(environment, name) for name in ("report.css", "report.js"))
     between, changed, same = summary.config_tables(runs)
     return environment.get_template("report.html.jinja").render(
@@ -101,6 +99,12 @@ def render(runs: Sequence[Run]) -> str:
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
+
+
+def make_environment() -> jinja2.Environment:
+    """Templates of this package: everything escaped, what does not print made visible, a missing name an error."""
+    loader = jinja2.PackageLoader("opd_jax.analysis", ".")
+    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, finalize=_visible)
 
 
 def _visible(value: Any) -> Any:

@@ -30,6 +30,7 @@ from opd_jax.config.fields import (
     Rollout,
     Signal,
     Student,
+    Study,
     Task,
     Teacher,
     flatten,

@@ -38,6 +38,11 @@ def _check_range(flat: dict[str, Any]) -> None:
         "checkpoint.every",
         "log.samples",
         "task.level",
+        "study.rollouts",
+        "study.reference",
+        "study.microbatch",
+        "study.position_parts",
+        "study.sketch",
         "student.init.hidden_size",
         "student.init.intermediate_size",
         "student.init.num_hidden_layers",
@@ -56,6 +61,8 @@ def _check_range(flat: dict[str, Any]) -> None:
         "log.samples_every",
     ]
     zero_or_more += ["signal.k", "task.train_size", "task.eval_size", "task.seed", "student.init.head_dim", "student.lora.rank"]
+    _require(flat["study.resamples"] >= 100, "study.resamples", flat["study.resamples"], "must be at least 100")
+    zero_or_more += ["study.exact_parameters"]
     zero_or_more += [f"student.init.{name}" for name in _EXPERT_FIELDS]
     for name in positive:
         _require(flat[name] >= 1, name, flat[name], "must be at least 1")

@@ -171,6 +171,30 @@ class Task:
 
 
 @dataclasses.dataclass(frozen=True)
+class Study:
+    """Of experiments/gradient_study.py alone; the base condition is in `rollout`. A field with several values has commas between them.
+
+    Where neither student nor teacher has a path or recipe, a small random pair is studied whose completions can be listed.
+    """
+
+    estimators: str = "sequence,to_go,rao_blackwell_to_go,token,token_full"  # names of the registry; all: every one
+    rollouts: int = 256  # completions per condition; a multiple of rollout.batch_size
+    reference: int = 4  # further completions per prompt, of other draws, for the references
+    microbatch: int = 8  # completions differentiated at once; divides rollout.batch_size
+    position_parts: int = 4  # equal parts of a completion, whose shares of the variance are told; each costs one more pass back
+    lengths: str = ""  # completion lengths to add to the base condition, tokens
+    group_sizes: str = ""  # rollouts per prompt to add
+    temperatures: str = ""  # temperatures of the sampling law to add
+    top_ps: str = ""  # nucleus masses of the sampling law to add
+    gammas: str = ""  # discounts per token at which the discounted estimators are repeated
+    top_ks: str = ""  # sizes of the support at which the estimators with a top-k are repeated, tokens
+    steps: str = ""  # checkpoints of student.path, a run directory, to add: updates done
+    sketch: int = 2048  # numbers that stand for a gradient in the bootstrap, and of students beyond exact_parameters in all
+    exact_parameters: int = 2_000_000  # parameters of a student up to which sums of gradients are kept whole
+    resamples: int = 1000  # of the bootstrap over prompts
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     seed: int = 0  # of initial weights, prompt order and all draws
     steps: int = 100  # updates
@@ -189,10 +213,11 @@ class Config:
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
     task: Task = Task()
+    study: Study = Study()
 
 
 # Fields that do not change the numbers of an update (a mesh: but by rounding): they may differ when a run is resumed. `steps` may grow.
-FREE_ON_RESUME = ("eval.", "log.", "checkpoint.", "mesh.", "cache_dir")
+FREE_ON_RESUME = ("eval.", "log.", "checkpoint.", "mesh.", "cache_dir", "study.")
 
 
 def flatten(config: Config | dict, prefix: str = "") -> dict[str, Any]:

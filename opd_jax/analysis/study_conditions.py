@@ -1,0 +1,209 @@
+"""What a study compares, and on how much: conditions, variants of estimators, references, and the sizes of its sample."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from jax.sharding import Mesh
+
+from opd_jax.analysis import shadow
+from opd_jax.analysis.gradient_stats import LEAST_UNITS
+from opd_jax.config import Config, ConfigError, check_choice
+from opd_jax.numerics.estimators import REGISTRY, Estimator
+
+SEQUENCE = "sequence_reverse_kl"
+ALL = "all"
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """What needs rollouts of its own."""
+
+    T: int  # tokens per completion at most
+    group_size: int = 1  # rollouts per prompt
+    temperature: float = 1.0
+    top_p: float = 1.0
+    step: int | None = None  # of the run that trained the student; None: the student as given
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether completions are drawn from the policy itself, which the registry's claims are about."""
+        return (self.temperature, self.top_p) == (1.0, 1.0)
+
+    def keys(self, one: "Shadow | None") -> dict[str, Any]:
+        """The condition of a row."""
+        found = dataclasses.asdict(self)
+        return {"T": found.pop("T"), "gamma": one and one.gamma, "k": one and one.k, **found}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shadow:
+    """An estimator of the registry, or one with another gamma or k."""
+
+    estimator: Estimator
+    default: bool = True
+
+    @property
+    def gamma(self) -> float | None:
+        """The discount; None where the estimator has none."""
+        return getattr(self.estimator, "gamma", None) if _discounts(REGISTRY[self.estimator.name]) else None
+
+    @property
+    def k(self) -> int | None:
+        return getattr(self.estimator.signal, "k", None)
+
+
+def _discounts(estimator: Estimator) -> bool:
+    return getattr(estimator, "gamma", 1.0) != 1.0
+
+
+def resolve(names: Sequence[str], *, field: str = "study.estimators") -> list[Estimator]:
+    """Estimators by name; `all` is the whole registry. Raises ConfigError with the nearest name."""
+    for name in names:
+        check_choice(field, name, (ALL, *REGISTRY))
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(f"config field {field} = {','.join(names)!r} must hold different names; valid: {ALL}, {', '.join(REGISTRY)}")
+    return list(REGISTRY.values()) if ALL in names else [REGISTRY[name] for name in names]
+
+
+def variants(estimators: Sequence[Estimator], gammas: Sequence[float] = (), top_ks: Sequence[int] = ()) -> list[Shadow]:
+    """The estimators as they are, then those with a discount at each gamma, and those with a top-k at each k. Raises ConfigError."""
+    discounted = [e for e in estimators if _discounts(e)]
+    truncated = [e for e in estimators if getattr(e.signal, "k", None)]
+    for field, values, having, what in (
+        ("study.gammas", gammas, discounted, "discount"),
+        ("study.top_ks", top_ks, truncated, "top-k"),
+    ):
+        if values and not having:
+            raise ConfigError(f"config field {field} = {','.join(map(str, values))!r}, but none of study.estimators has a {what}; add one")
+    others = [dataclasses.replace(e, gamma=float(gamma)) for e in discounted for gamma in gammas]
+    others += [dataclasses.replace(e, signal=dataclasses.replace(e.signal, k=k)) for e in truncated for k in top_ks]
+    return [Shadow(e) for e in estimators] + [Shadow(e, default=False) for e in dict.fromkeys(others) if e not in estimators]
+
+
+def conditions(
+    base: Condition,
+    *,
+    lengths: Sequence[int] = (),
+    group_sizes: Sequence[int] = (),
+    temperatures: Sequence[float] = (),
+    top_ps: Sequence[float] = (),
+    steps: Sequence[int] = (),
+) -> list[Condition]:
+    """The base, then for each further value of a field the base with that value."""
+    swept = {"T": lengths, "group_size": group_sizes, "temperature": temperatures, "top_p": top_ps, "step": steps}
+    return list(dict.fromkeys([base, *(dataclasses.replace(base, **{name: v}) for name, values in swept.items() for v in values)]))
+
+
+def references_of(estimators: Sequence[Estimator]) -> dict[str, Estimator]:
+    """{target: the unbiased estimator that stands for it}, of the targets of these estimators and of the sequence-level reverse KL.
+
+    What is summed over the vocabulary is the conditional mean of what samples it, so that it goes first; a target for which nothing in the
+    registry is unbiased has none.
+    """
+    found = {}
+    for target in dict.fromkeys([*(e.target for e in estimators), SEQUENCE]):
+        fitting = [e for e in REGISTRY.values() if e.target == target and e.unbiased and not e.looks_across]
+        fitting.sort(key=lambda e: not ("local" in e.needs and e.signal.support == "full"))
+        if fitting:
+            found[target] = fitting[0]
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Sizes of a sample. Raises ConfigError from `check`."""
+
+    reference: int = 4  # further rollouts per prompt, of other draws, for the references
+    batch_size: int = 64  # rollouts that a baseline across rows sees, and that are sampled at once
+    microbatch: int = 8  # rollouts that are differentiated at once
+    position_parts: int = 4  # equal parts of a completion, whose shares of the variance are told
+    sketch: int = 2048  # numbers of a gradient's sketch
+    exact_parameters: int = 2_000_000  # of a student up to which sums of gradients are kept whole
+    resamples: int = 1000
+    seed: int = 0
+
+    def projection(self, params) -> shadow.Projection:
+        return shadow.make_projection(params, width=self.sketch, exact_parameters=self.exact_parameters, seed=self.seed)
+
+    def batches(self, setting: Condition, prompts: int) -> int:
+        return prompts * setting.group_size // self.batch_size
+
+    def check(self, settings: Sequence[Condition], rollouts: int, prompts: int, mesh: Mesh) -> None:
+        """Refuses sizes that do not divide each other, and samples too small for an interval."""
+        _divides("rollout.batch_size", self.batch_size, "study.rollouts", rollouts)
+        _divides("study.microbatch", self.microbatch, "rollout.batch_size", self.batch_size)
+        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        for setting in settings:
+            group = setting.group_size
+            _divides("the group size", group, "study.microbatch", self.microbatch)
+            if not setting.temperature > 0:
+                raise ConfigError(
+                    f"config field study.temperatures: {setting.temperature} is greedy; an estimator needs draws of the policy"
+                )
+            if not LEAST_UNITS <= rollouts // group <= prompts:
+                raise ConfigError(
+                    f"config field study.rollouts = {rollouts} with {group} per prompt are {rollouts // group} prompts; valid: from "
+                    f"{LEAST_UNITS}, which a bootstrap needs, to {prompts}, which there are; change study.rollouts or the prompts"
+                )
+            if self.microbatch % ways or self.microbatch // group * self.reference % ways:
+                raise ConfigError(
+                    f"config field study.microbatch = {self.microbatch} (and study.reference = {self.reference} per {group} of them) "
+                    f"must be divisible by mesh.data * mesh.fsdp = {ways}"
+                )
+
+
+def _divides(small: str, size: int, large: str, whole: int) -> None:
+    if whole % size or whole < size:
+        raise ConfigError(f"config field {large} = {whole} must be a multiple of {small} = {size}")
+
+
+def numbers(text: str, field: str, kind: type, valid: str, fits) -> list:
+    """The numbers of a field that holds several, with commas between them. Raises ConfigError."""
+    try:
+        values = [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        values = None
+    if values is None or not all(fits(value) for value in values):
+        raise ConfigError(f"config field {field} = {text!r} must be {valid}, with commas between them, or empty")
+    return values
+
+
+def enumerable(config: Config) -> bool:
+    """Whether no model is named, so that a small random pair is studied whose completions can be listed."""
+    return not any((config.student.path, config.student.recipe, config.teacher.path, config.teacher.recipe))
+
+
+def from_config(config: Config) -> tuple[list[Shadow], list[Condition], Plan]:
+    """What a validated config asks for. Raises ConfigError, before any work."""
+    asked, law = config.study, config.rollout
+    if not enumerable(config) and not (config.teacher.path or config.teacher.recipe):
+        raise ConfigError("config field teacher.path = '' must name a model, because estimators compare the student with a teacher")
+    for name, value, whole in (("top_k", law.top_k, 0), ("min_p", law.min_p, 0.0), ("source", law.source, "student")):
+        if value != whole:
+            raise ConfigError(f"config field rollout.{name} = {value!r} must be {whole!r} in a study; vary temperature and top_p")
+    if config.student.lora.rank:
+        raise ConfigError(f"config field student.lora.rank = {config.student.lora.rank} must be 0: a study differentiates all weights")
+    positive = lambda value: value > 0
+    sweeps = {
+        "lengths": numbers(asked.lengths, "study.lengths", int, "tokens, at least 1", positive),
+        "group_sizes": numbers(asked.group_sizes, "study.group_sizes", int, "rollouts per prompt, at least 1", positive),
+        "temperatures": numbers(asked.temperatures, "study.temperatures", float, "numbers from 0.0001", lambda v: 1e-4 <= v < float("inf")),
+        "top_ps": numbers(asked.top_ps, "study.top_ps", float, "numbers above 0 and at most 1", lambda v: 0 < v <= 1),
+        "steps": numbers(asked.steps, "study.steps", int, "steps of checkpoints", lambda v: v >= 0),
+    }
+    gammas = numbers(asked.gammas, "study.gammas", float, "numbers from 0 to 1", lambda v: 0 <= v <= 1)
+    top_ks = numbers(asked.top_ks, "study.top_ks", int, "numbers of tokens, at least 1", positive)
+    shadows = variants(resolve([name.strip() for name in asked.estimators.split(",") if name.strip()]), gammas, top_ks)
+    base = Condition(law.max_new_tokens, law.group_size, law.temperature, law.top_p)
+    plan = Plan(
+        reference=asked.reference,
+        batch_size=law.batch_size,
+        microbatch=asked.microbatch,
+        position_parts=asked.position_parts,
+        sketch=asked.sketch,
+        exact_parameters=asked.exact_parameters,
+        resamples=asked.resamples,
+        seed=config.seed,
+    )
+    return shadows, conditions(base, **sweeps), plan

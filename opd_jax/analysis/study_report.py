@@ -1,0 +1,180 @@
+"""A gradient study as files: JSON, tidy CSV, figures, and a page of its own."""
+
+import csv
+import functools
+import io
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import markupsafe
+
+from opd_jax import config as config_lib
+from opd_jax import files
+from opd_jax.analysis import plots, plots_study, report
+from opd_jax.analysis.study_tables import Result, Row
+from opd_jax.analysis.summary import number
+from opd_jax.types import UserError
+
+CONDITION = ("T", "gamma", "k", "group_size", "temperature", "top_p", "step")
+NUMBERS = ("variance", "variance_batch", "snr", "bias", "bias_sequence", "cosine", "cosine_sequence")
+KEYS = {
+    "name": "estimator, by its name in numerics/estimators.REGISTRY",
+    "T": "tokens per completion at most",
+    "gamma": "discount per token; null where the estimator has none",
+    "k": "tokens of the support; null where it is the vocabulary or the sampled token",
+    "group_size": "rollouts per prompt",
+    "temperature": "of the law that the estimators' rollouts are drawn from; claims hold at 1",
+    "top_p": "nucleus mass of that law; claims hold at 1",
+    "step": "updates that the student had had; null: the student as given",
+    "target": "the gradient that the estimator is compared with in `bias` and `cosine`",
+    "unbiased": "whether the registry claims no bias to the target, on-policy",
+    "reference": "what stands for the target; null: nothing unbiased is known, and bias and cosine are null",
+    "reference_sequence": "what stands for sequence_reverse_kl in `bias_sequence` and `cosine_sequence`",
+    "prompts": "units of the bootstrap: all rollouts of a prompt go together",
+    "rollouts": "rollouts under the estimator; the references have further ones of the same prompts",
+    "variance": "trace of the covariance of one rollout's gradient: E |g|^2 - |E g|^2, the latter from pairs of different prompts "
+    "(with one rollout per prompt that is the sample covariance with divisor n - 1)",
+    "variance_batch": "rollouts times the variance of their mean; other than `variance` where rollouts of a prompt are correlated",
+    "snr": "|E g|^2 / variance, the noise taken off |E g|^2",
+    "bias": "|E g - target|, the noise taken off",
+    "bias_sequence": "|E g - gradient of the sequence-level reverse KL|, likewise",
+    "cosine": "of E g and the target, the noise taken off both norms",
+    "cosine_sequence": "of E g and the gradient of the sequence-level reverse KL",
+    "X_low, X_high": "95% percentile bootstrap over prompts",
+    "null": "the interval of the square of a norm holds 0: the sample does not resolve the number, its interval says what is possible",
+    "norm_error": "relative standard error of squared norms that are read from sketches; 0: all numbers of the gradients were kept",
+    "interval_norm_error": "the same of the sketches that intervals are made from",
+    "share_by_position": "share of the variance, tr Cov(part, whole) / variance, of what the tokens from-to contribute; adds up to 1",
+    "share_by_parameters": "the same by parameter group",
+}
+FOLDER = "figures"
+
+
+def write(result: Result, workdir: str | os.PathLike, *, config: config_lib.Config | None = None) -> pathlib.Path:
+    """Writes all files, each whole or not at all; returns the page. Raises UserError for a folder that cannot be written."""
+    workdir = pathlib.Path(workdir)
+    figures = plots_study.figures(result.rows)
+    drawn = {name: plots_study.svg(figure) for name, figure in figures.items()}
+    settings = config_lib.flatten(config) if config is not None else {}
+    texts = {
+        "gradient_study.json": _json(result.rows),
+        "gradient_study.csv": tidy(result.rows),
+        "gradient_study_pairs.json": _json(result.pairs),
+        "gradient_study_pairs.csv": _csv(result.pairs),
+        "gradient_study_growth.json": _json(result.growth),
+        "gradient_study_about.json": _json({"keys": KEYS, "cost": result.cost, "config": settings}),
+        "gradient_study.html": render(result, drawn, settings),
+    }
+    texts |= {f"{FOLDER}/{name}.svg": text for name, text in drawn.items()}
+    try:
+        (workdir / FOLDER).mkdir(parents=True, exist_ok=True)
+        for name, figure in figures.items():
+            _whole(workdir / FOLDER / f"{name}.png", functools.partial(plots_study.save_png, figure))
+        for name, text in texts.items():
+            _whole(workdir / name, lambda to, text=text: pathlib.Path(to).write_text(text, encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: cannot be written ({files.reason(error)}); give another folder") from None
+    return workdir / "gradient_study.html"
+
+
+def check_folder(workdir: str | os.PathLike) -> None:
+    """Raises UserError for a folder that cannot be made or written, before any work."""
+    try:
+        if not os.fspath(workdir):
+            raise NotADirectoryError(20, "it is empty")
+        (pathlib.Path(workdir) / FOLDER).mkdir(parents=True, exist_ok=True)
+        if not os.access(workdir, os.W_OK) or shutil.disk_usage(workdir).free < 2**20:
+            raise PermissionError(13, "no room or no right to write")
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: cannot be written ({files.reason(error)}); give another folder") from None
+
+
+def _whole(path: pathlib.Path, save: Callable[[str], Any]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    save(os.fspath(temporary))
+    temporary.replace(path)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1, allow_nan=False) + "\n"
+
+
+def tidy(rows: Sequence[Row]) -> str:
+    """One line per condition, estimator and number."""
+    table = []
+    for row in rows:
+        about = {name: row[name] for name in ("name", *CONDITION, "target", "reference")}
+        table += [about | {"quantity": q, "value": row[q], "low": row[f"{q}_low"], "high": row[f"{q}_high"]} for q in NUMBERS]
+        for kind in ("share_by_position", "share_by_parameters"):
+            for part, v in row.get(kind, {}).items():
+                table.append(about | {"quantity": f"{kind}:{part}", "value": v["share"], "low": v["share_low"], "high": v["share_high"]})
+    return _csv(table)
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    text = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return text.getvalue()
+
+
+# ---- for people
+
+
+def _cell(row: Row, name: str) -> str:
+    value, low, high = row[name], row[f"{name}_low"], row[f"{name}_high"]
+    if low is None:
+        return "" if value is None else number(value)
+    interval = f"[{number(low, value)}, {number(high, value)}]" if value is not None else f"[{number(low)}, {number(high)}]"
+    return f"{'not resolved' if value is None else number(value)} {interval}"
+
+
+def table(rows: Sequence[Row]) -> list[list[str]]:
+    """Header, then a row per condition and estimator; columns of the condition are there where they vary."""
+    varying = [name for name in CONDITION if len({row[name] for row in rows}) > 1]
+    shown = {"variance": "variance", "snr": "SNR of a rollout", "bias": "bias", "bias_sequence": "bias, sequence level"}
+    shown["cosine_sequence"] = "cosine, sequence level"
+    body = [[row["name"], *("" if row[n] is None else str(row[n]) for n in varying), *(_cell(row, q) for q in shown)] for row in rows]
+    return [["estimator", *varying, *shown.values()], *body]
+
+
+def text_table(rows: Sequence[Row]) -> str:
+    """The table for a terminal."""
+    columns = [("estimator", "variance", "SNR of a rollout", "bias", "bias to the sequence level")]
+    base = plots_study.base_rows(rows)
+    columns += [(row["name"], *(_cell(row, q) for q in ("variance", "snr", "bias", "bias_sequence"))) for row in base]
+    widths = [max(len(row[i]) for row in columns) for i in range(len(columns[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in columns)
+
+
+def render(result: Result, figures: dict[str, str], settings: dict[str, Any]) -> str:
+    """The page. `figures`: SVG by name."""
+    environment = report.make_environment()
+    style = markupsafe.Markup(environment.loader.get_source(environment, "report.css")[0])
+    defaults = config_lib.flatten(config_lib.Config())
+    return environment.get_template("study.html.jinja").render(
+        style=style,
+        table=table(result.rows),
+        references=sorted({row[k] for row in result.rows for k in ("reference", "reference_sequence") if row[k]}),
+        units=sorted({row["prompts"] for row in result.rows}),
+        figures=[markupsafe.Markup(plots.for_a_page(text, name)) for name, text in figures.items()],
+        pairs=[(f"{p['name']} / {p['other']}", _conditions(p), _cell(p, "ratio")) for p in result.pairs],
+        growth=[(g["name"], ", ".join(map(str, g["values"])), _cell(g, "exponent")) for g in result.growth],
+        cost=[(name.removeprefix("time/").replace("_", " "), _count(value)) for name, value in result.cost.items()],
+        keys=list(KEYS.items()),
+        changed=[(name, value) for name, value in settings.items() if value != defaults[name]],
+    )
+
+
+def _conditions(row: Row) -> str:
+    return ", ".join(f"{name} = {row[name]}" for name in CONDITION if row[name] is not None)
+
+
+def _count(value: Any) -> str:
+    return "" if value is None else f"{value:,.0f}"
