@@ -2,6 +2,7 @@
 
 import difflib
 import math
+from collections.abc import Callable
 from typing import Any
 
 from opd_jax.config.fields import Architecture, Config, flatten
@@ -23,74 +24,49 @@ def check_choice(field: str, value: str, valid: tuple[str, ...]) -> None:
         raise ConfigError(f"config field {field} = {value!r} is not known; valid: {', '.join(valid)}{hint}")
 
 
+# What numbers may be: (names, test, in words).
+_RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
+    (
+        """rollout.batch_size rollout.group_size rollout.max_new_tokens rollout.max_prompt_length learner.microbatches mesh.data mesh.fsdp
+        mesh.tensor eval.samples eval.batch_size checkpoint.every log.samples task.level study.rollouts study.reference study.microbatch
+        study.position_parts study.sketch student.init.hidden_size student.init.intermediate_size student.init.num_hidden_layers
+        student.init.num_attention_heads student.init.num_key_value_heads student.init.max_position_embeddings estimator.clip""",
+        lambda value: value >= 1,
+        "must be at least 1",
+    ),
+    (
+        """seed steps rollout.top_k learner.warmup_steps learner.decay_steps eval.every eval.prompts log.samples_every signal.k
+        task.train_size task.eval_size task.seed student.init.head_dim student.lora.rank study.exact_parameters learner.weight_decay
+        learner.clip_norm """
+        + " ".join(f"student.init.{name}" for name in _EXPERT_FIELDS),
+        lambda value: value >= 0,
+        "must be 0 or more",
+    ),
+    ("seed task.seed", lambda value: value < 2**31, "must be below 2**31"),
+    (
+        "learner.learning_rate loss.student_temperature loss.teacher_temperature learner.eps student.lora.alpha student.init.initializer_range",
+        lambda value: value > 0,
+        "must be above 0",
+    ),
+    ("rollout.temperature", lambda value: value == 0 or value >= 1e-4, "must be 0 (greedy) or at least 0.0001"),
+    (
+        "rollout.min_p estimator.gamma learner.final_fraction signal.beta",
+        lambda value: 0 <= value <= 1,
+        "must be between 0 and 1",
+    ),
+    ("learner.b1 learner.b2", lambda value: 0 <= value < 1, "must be at least 0 and below 1"),
+    ("rollout.top_p", lambda value: 0 < value <= 1, "must be above 0 and at most 1"),
+    ("checkpoint.keep", lambda value: value >= 2, "must be at least 2"),
+    ("study.resamples", lambda value: value >= 100, "must be at least 100"),
+]
+
+
 def _check_range(flat: dict[str, Any]) -> None:
-    positive = [
-        "rollout.batch_size",
-        "rollout.group_size",
-        "rollout.max_new_tokens",
-        "rollout.max_prompt_length",
-        "learner.microbatches",
-        "mesh.data",
-        "mesh.fsdp",
-        "mesh.tensor",
-        "eval.samples",
-        "eval.batch_size",
-        "checkpoint.every",
-        "log.samples",
-        "task.level",
-        "study.rollouts",
-        "study.reference",
-        "study.microbatch",
-        "study.position_parts",
-        "study.sketch",
-        "student.init.hidden_size",
-        "student.init.intermediate_size",
-        "student.init.num_hidden_layers",
-        "student.init.num_attention_heads",
-        "student.init.num_key_value_heads",
-        "student.init.max_position_embeddings",
-    ]
-    zero_or_more = [
-        "seed",
-        "steps",
-        "rollout.top_k",
-        "learner.warmup_steps",
-        "learner.decay_steps",
-        "eval.every",
-        "eval.prompts",
-        "log.samples_every",
-    ]
-    zero_or_more += ["signal.k", "task.train_size", "task.eval_size", "task.seed", "student.init.head_dim", "student.lora.rank"]
-    _require(flat["study.resamples"] >= 100, "study.resamples", flat["study.resamples"], "must be at least 100")
-    zero_or_more += ["study.exact_parameters"]
-    zero_or_more += [f"student.init.{name}" for name in _EXPERT_FIELDS]
-    for name in positive:
-        _require(flat[name] >= 1, name, flat[name], "must be at least 1")
-    for name in zero_or_more:
-        _require(flat[name] >= 0, name, flat[name], "must be 0 or more")
-    for name in ("seed", "task.seed"):
-        _require(flat[name] < 2**31, name, flat[name], "must be below 2**31")
     for name, value in flat.items():
         _require(not isinstance(value, float) or math.isfinite(value), name, value, "must be a finite number")
-    for name in (
-        "learner.learning_rate",
-        "loss.student_temperature",
-        "loss.teacher_temperature",
-        "learner.eps",
-        "student.lora.alpha",
-        "student.init.initializer_range",
-    ):
-        _require(flat[name] > 0, name, flat[name], "must be above 0")
-    temperature = flat["rollout.temperature"]
-    _require(temperature == 0 or temperature >= 1e-4, "rollout.temperature", temperature, "must be 0 (greedy) or at least 0.0001")
-    for name in ("learner.weight_decay", "learner.clip_norm"):
-        _require(flat[name] >= 0, name, flat[name], "must be 0 or more")
-    for name in ("rollout.min_p", "estimator.gamma", "learner.final_fraction", "signal.beta"):
-        _require(0 <= flat[name] <= 1, name, flat[name], "must be between 0 and 1")
-    for name in ("learner.b1", "learner.b2"):
-        _require(0 <= flat[name] < 1, name, flat[name], "must be at least 0 and below 1")
-    _require(0 < flat["rollout.top_p"] <= 1, "rollout.top_p", flat["rollout.top_p"], "must be above 0 and at most 1")
-    _require(flat["checkpoint.keep"] >= 2, "checkpoint.keep", flat["checkpoint.keep"], "must be at least 2")
+    for names, fits, words in _RANGES:
+        for name in names.split():
+            _require(fits(flat[name]), name, flat[name], words)
 
 
 def _require(condition: bool, name: str, value: Any, valid: str) -> None:
