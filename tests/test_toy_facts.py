@@ -20,11 +20,13 @@ def moved(model, seed=0, scale=1.0):
     return dataclasses.replace(model, theta_FV=model.theta_FV + scale * jnp.asarray(noise))
 
 
+def compiled(model, function):
+    """function(model) as one program: many small ones take long."""
+    return jax.jit(lambda theta_FV: function(dataclasses.replace(model, theta_FV=theta_FV)))(model.theta_FV)
+
+
 def gradient(model, reference, strength, credit, normalise):
-    of = lambda theta: facts.extrapolation_gradient(
-        dataclasses.replace(model, theta_FV=theta), reference, strength, credit=credit, normalise=normalise
-    )
-    return jax.jit(of)(model.theta_FV)
+    return compiled(model, lambda m: facts.extrapolation_gradient(m, reference, strength, credit=credit, normalise=normalise))
 
 
 # ---- the entropy-regularised reading
@@ -57,7 +59,7 @@ def test_lambda_1_is_plain_distillation_for_any_reference():
     model = enumeration.make("stop token", **cases.MODELS["stop token"])
     reference = moved(model, 3).logits(moved(model, 3).theta_FV)
     for credit in ("token", "to_go"):
-        plain = model.expected_gradient(REGISTRY[credit])
+        plain = compiled(model, lambda m, c=credit: m.expected_gradient(REGISTRY[c]))
         for normalise in (True, False):
             np.testing.assert_allclose(gradient(model, reference, 1.0, credit, normalise), plain, atol=1e-12)
 
@@ -208,7 +210,7 @@ def test_on_policy_all_ratios_are_one():
     assert max(row["bias"] for row in rows) < 1e-12
     variance = {row["term"]: row["variance"] for row in rows if row["weight"] == "none"}
     for term, name in (("local", "token_full"), ("token", "token"), ("to_go", "to_go")):
-        assert variance[term] == pytest.approx(float(model.trace_covariance(REGISTRY[name])), rel=1e-10)
+        assert variance[term] == pytest.approx(float(compiled(model, lambda m, n=name: m.trace_covariance(REGISTRY[n]))), rel=1e-10)
 
 
 def test_ratios_by_hand():
@@ -227,6 +229,7 @@ def test_ratios_by_hand():
     np.testing.assert_allclose(found["sequence"][:, 0], rho.prod(1), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_rows_of_the_study_are_of_all_models_and_finite():
     found = cases.rows(instances=2)
     assert [row["model"] for row in found["entropy"]] == list(cases.MODELS)

@@ -1,4 +1,4 @@
-"""Curves as SVG text. The only importer of matplotlib."""
+"""Curves as SVG text. Only files named plots import matplotlib."""
 
 import html
 import io

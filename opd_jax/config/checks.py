@@ -44,7 +44,8 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ),
     ("seed task.seed", lambda value: value < 2**31, "must be below 2**31"),
     (
-        "learner.learning_rate loss.student_temperature loss.teacher_temperature learner.eps student.lora.alpha student.init.initializer_range",
+        """learner.learning_rate loss.student_temperature loss.teacher_temperature learner.eps student.lora.alpha
+        student.init.initializer_range""",
         lambda value: value > 0,
         "must be above 0",
     ),

@@ -20,18 +20,18 @@ PLACES = np.arange(-LIMIT, LIMIT + 1)
 NEXT_SA = np.clip(PLACES[:, None] + np.array([-1, 0, 1])[None], -LIMIT, LIMIT) + LIMIT  # index of the place that follows
 
 
-def log_law(params: network.Params, task: int, horizon: int) -> jax.Array:
+def log_law(params: network.Params, task, horizon: int) -> jax.Array:
     """log pi of every action at every time and place, [T, S, A]."""
     time_T1 = jnp.arange(horizon)[:, None] / horizon
     position_TS = jnp.broadcast_to(jnp.asarray(PLACES, time_T1.dtype)[None], (horizon, len(PLACES)))
-    return jax.nn.log_softmax(network.apply(params, SIGNS[task], position_TS, time_T1))
+    return jax.nn.log_softmax(network.apply(params, jnp.asarray(SIGNS)[task], position_TS, time_T1))
 
 
-def scores(params: network.Params, task: int, horizon: int, layers: tuple[str, ...] = network.LAYERS) -> jax.Array:
+def scores(params: network.Params, task, horizon: int, layers: tuple[str, ...] = network.LAYERS) -> jax.Array:
     """Gradient of log pi by the parameters of `layers` at every time and place, [T, S, A, P]."""
 
     def one(position, time):
-        gradient = jax.jacrev(lambda p: jax.nn.log_softmax(network.apply(p, SIGNS[task], position, time)))(params)
+        gradient = jax.jacrev(lambda p: jax.nn.log_softmax(network.apply(p, jnp.asarray(SIGNS)[task], position, time)))(params)
         wanted = jax.tree.leaves({name: gradient[name] for name in layers})
         return jnp.concatenate([x.reshape(Chain.outputs, -1) for x in wanted], axis=1)
 
@@ -40,7 +40,7 @@ def scores(params: network.Params, task: int, horizon: int, layers: tuple[str, .
     return jax.vmap(lambda time: jax.vmap(lambda place: one(place, time))(places))(times)
 
 
-def occupancy(logp_TSA: jax.Array, start: int) -> jax.Array:
+def occupancy(logp_TSA: jax.Array, start) -> jax.Array:
     """Probability of each place before each step, [T, S], from place number `start`."""
     move_SAX = jax.nn.one_hot(NEXT_SA, len(PLACES), dtype=logp_TSA.dtype)
 
@@ -50,7 +50,7 @@ def occupancy(logp_TSA: jax.Array, start: int) -> jax.Array:
     return jax.lax.scan(step, jax.nn.one_hot(start, len(PLACES), dtype=logp_TSA.dtype), logp_TSA)[1]
 
 
-def trajectory_kl(logp_TSA: jax.Array, logq_TSA: jax.Array, start: int, *, frozen: bool = False) -> jax.Array:
+def trajectory_kl(logp_TSA: jax.Array, logq_TSA: jax.Array, start, *, frozen: bool = False) -> jax.Array:
     """KL(pi || q) over trajectories, nats; `frozen` takes the occupancy for a constant, which leaves the gradient of token-level OPD."""
     visited_TS = occupancy(logp_TSA, start)
     if frozen:
@@ -58,7 +58,7 @@ def trajectory_kl(logp_TSA: jax.Array, logq_TSA: jax.Array, start: int, *, froze
     return jnp.sum(visited_TS * jnp.sum(jnp.exp(logp_TSA) * (logp_TSA - logq_TSA), axis=-1))
 
 
-def moments(logp_TSA: jax.Array, logq_TSA: jax.Array, score_TSAP: jax.Array, start: int, gamma) -> tuple[jax.Array, jax.Array]:
+def moments(logp_TSA: jax.Array, logq_TSA: jax.Array, score_TSAP: jax.Array, start, gamma) -> tuple[jax.Array, jax.Array]:
     """(mean [P], trace of the covariance) of the gradient estimate -sum_t A_t s_t of one trajectory from place number `start`."""
 
     def step(later, inputs):
@@ -84,12 +84,12 @@ def moments(logp_TSA: jax.Array, logq_TSA: jax.Array, score_TSAP: jax.Array, sta
     return -estimate_SP[start], norm_S[start] - jnp.sum(estimate_SP[start] ** 2)
 
 
-@functools.partial(jax.jit, static_argnames=("task", "settings"))
-def study(params: network.Params, teacher: network.Params, *, task: int, settings: Settings) -> dict[str, jax.Array]:
+@functools.partial(jax.jit, static_argnames=("settings",))
+def study(params: network.Params, teacher: network.Params, task: jax.Array, *, settings: Settings) -> dict[str, jax.Array]:
     """For one student, each [gammas] but the first: norm of the exact gradient of the trajectory KL; of each estimator the norm of its
     bias to that gradient and the cosine with it, and the trace variance of one trajectory, of all parameters and of the output layer."""
     params, teacher = jax.tree.map(lambda x: x.astype(jnp.float64), (params, teacher))
-    start = int(settings.starts[task]) + LIMIT
+    start = jnp.asarray(settings.starts, int)[task] + LIMIT
     logq_TSA = log_law(teacher, task, settings.horizon)
     gradient = jax.grad(lambda p: trajectory_kl(log_law(p, task, settings.horizon), logq_TSA, start))(params)
     gradient_P = jnp.concatenate([x.ravel() for x in jax.tree.leaves(gradient)])

@@ -78,6 +78,7 @@ def _microbatch_gradients(world: World, settings: Settings, params, task, *array
 # ---- teachers
 
 
+@functools.partial(jax.jit, static_argnames=("world", "settings"))
 def teachers(world: World, settings: Settings) -> network.Params:
     """Policies trained by REINFORCE to reach and hold their task's target, one per seed and task; leaves [seeds, 2, ...]."""
     optimizer = optax.adam(settings.teacher_learning_rate)
@@ -89,8 +90,7 @@ def teachers(world: World, settings: Settings) -> network.Params:
         (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(1, settings.teacher_iterations + 1))
         return params
 
-    per_task = jax.vmap(train, in_axes=(None, 0))
-    return jax.jit(jax.vmap(per_task, in_axes=(0, None)))(jnp.asarray(settings.seeds), jnp.arange(len(SIGNS)))
+    return jax.vmap(jax.vmap(train, in_axes=(None, 0)), in_axes=(0, None))(jnp.asarray(settings.seeds), jnp.arange(len(SIGNS)))
 
 
 def _teacher_step(world: World, settings: Settings, optimizer, task, key, carry, iteration):
@@ -109,33 +109,43 @@ def _teacher_step(world: World, settings: Settings, optimizer, task, key, carry,
 
 def students(world: World, settings: Settings, teacher_params: network.Params) -> Training:
     """Trains one student per gamma and seed, in CHUNKS pieces; students of one seed begin alike and draw the same noise."""
-    optimizer = {"adam": optax.adam, "sgd": optax.sgd}[settings.optimizer](settings.learning_rate)
+    optimizer = make_optimizer(settings)
 
     def begin(seed):
         params = network.init(_student_key(seed), width=settings.width, outputs=world.outputs)
         return params, optimizer.init(params)
 
-    def piece(carry, gamma_index, seed, taught, iterations):
-        return jax.lax.scan(functools.partial(_student_step, world, settings, optimizer, gamma_index, seed, taught), carry, iterations)
-
-    seeds, gammas = jnp.asarray(settings.seeds), jnp.arange(len(settings.gammas))
-    per_seed = jax.vmap(piece, in_axes=(0, None, 0, 0, None))
-    advance = jax.jit(jax.vmap(per_seed, in_axes=(0, 0, None, None, None)))
-    carry = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(gammas), *x.shape)), jax.vmap(begin)(seeds))
+    begun = jax.vmap(begin)(jnp.asarray(settings.seeds))
+    carry = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(settings.gammas), *x.shape)), begun)
     snapshots, measured = [carry[0]], []
     for iterations in jnp.arange(1, settings.iterations + 1).reshape(CHUNKS, -1):
-        carry, one = advance(carry, gammas, seeds, teacher_params, iterations)
+        carry, one = _advance(world, settings, carry, teacher_params, iterations)
         snapshots.append(carry[0])
         measured.append(one)
     variance_GSI, reverse_kl_GSI = (jnp.concatenate(x, axis=2) for x in zip(*measured, strict=True))
     return Training(teacher_params, jax.tree.map(lambda *x: jnp.stack(x), *snapshots), variance_GSI, reverse_kl_GSI)
 
 
+def make_optimizer(settings: Settings) -> optax.GradientTransformation:
+    return {"adam": optax.adam, "sgd": optax.sgd}[settings.optimizer](settings.learning_rate)
+
+
+@functools.partial(jax.jit, static_argnames=("world", "settings"))
+def _advance(world: World, settings: Settings, carry, teacher_params: network.Params, iterations: jax.Array):
+    """Some iterations of all students, [gammas, seeds, ...]."""
+
+    def one(carry, gamma_index, seed, taught):
+        return jax.lax.scan(functools.partial(student_step, world, settings, gamma_index, seed, taught), carry, iterations)
+
+    each = jax.vmap(jax.vmap(one, in_axes=(0, None, 0, 0)), in_axes=(0, 0, None, None))
+    return each(carry, jnp.arange(len(settings.gammas)), jnp.asarray(settings.seeds), teacher_params)
+
+
 def _student_key(seed) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), STUDENT)
 
 
-def _student_step(world: World, settings: Settings, optimizer, gamma_index, seed, taught, carry, iteration):
+def student_step(world: World, settings: Settings, gamma_index, seed, taught, carry, iteration):
     """One update: odd iterations on the left task, even ones on the right; the advantages are those of the training code."""
     params, opt_state = carry
     task = (iteration + 1) % 2
@@ -151,7 +161,7 @@ def _student_step(world: World, settings: Settings, optimizer, gamma_index, seed
     grads_M = _microbatch_gradients(world, settings, params, task, positions_BT, actions_BT, each_GBT[gamma_index])
     last = grads_M[network.LAYERS[-1]]
     variance = gradient_variance(jnp.concatenate([x.reshape(settings.microbatches, -1) for x in jax.tree.leaves(last)], axis=1))
-    updates, opt_state = optimizer.update(jax.tree.map(lambda g: jnp.mean(g, axis=0), grads_M), opt_state)
+    updates, opt_state = make_optimizer(settings).update(jax.tree.map(lambda g: jnp.mean(g, axis=0), grads_M), opt_state)
     return (optax.apply_updates(params, updates), opt_state), (variance, -jnp.mean(jnp.sum(log_ratio_BT, axis=1)))
 
 
@@ -171,21 +181,26 @@ class Evaluation:
 
 def evaluate(world: World, settings: Settings, training: Training) -> Evaluation:
     """Fresh trajectories of the last students and of their teachers, on both tasks."""
+    # Teachers are one more row of policies beside the gammas, each with a policy of its own for either task.
+    both = lambda x: jnp.broadcast_to(x[:, :, None], (*x.shape[:2], len(SIGNS), *x.shape[2:]))
+    policies = jax.tree.map(lambda s, t: jnp.concatenate([both(s), t[None]]), training.students, training.teachers)
+    position, kl, visits = _evaluated(world, settings, policies, training.teachers)
+    return Evaluation(position[:-1], kl[:-1], visits[:-1], position[-1], visits[-1])
 
-    def one(params, taught, seed, task):
-        teacher = jax.tree.map(lambda x: x[task], taught)
+
+@functools.partial(jax.jit, static_argnames=("world", "settings"))
+def _evaluated(world: World, settings: Settings, policies: network.Params, teacher_params: network.Params) -> tuple[jax.Array, ...]:
+    """(last positions [policies, seeds, tasks, E], KL to the teacher [policies, seeds, tasks], visits [policies, seeds, T, X])."""
+
+    def one(policy, teacher, seed, task):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), EVALUATION), task)
-        positions_BT, _ = rollout(world, params, task, key, settings, settings.evaluation_batch)
-        student_out, teacher_out = (outputs(p, task, positions_BT[:, :-1], settings.horizon) for p in (params, teacher))
-        kl = jnp.mean(jnp.sum(world.kl(student_out, teacher_out), axis=1))
+        positions_BT, _ = rollout(world, policy, task, key, settings, settings.evaluation_batch)
+        own, taught = (outputs(p, task, positions_BT[:, :-1], settings.horizon) for p in (policy, teacher))
+        kl = jnp.mean(jnp.sum(world.kl(own, taught), axis=1))
         histogram = jax.vmap(lambda x: jnp.histogram(x, bins=jnp.asarray(world.edges))[0], in_axes=1)
         return positions_BT[:, -1], kl, histogram(positions_BT) / (len(SIGNS) * settings.evaluation_batch)
 
-    seeds, tasks = jnp.asarray(settings.seeds), jnp.arange(len(SIGNS))
-    of_tasks = jax.vmap(one, in_axes=(None, None, None, 0))
-    of_seeds = jax.vmap(of_tasks, in_axes=(0, 0, 0, None))
-    of_gammas = jax.jit(jax.vmap(of_seeds, in_axes=(0, None, None, None)))
-    position, kl, visits = of_gammas(training.students, training.teachers, seeds, tasks)
-    of_teachers = jax.jit(jax.vmap(jax.vmap(one, in_axes=(0, None, None, 0)), in_axes=(0, 0, 0, None)))
-    teacher_position, _, teacher_visits = of_teachers(training.teachers, training.teachers, seeds, tasks)
-    return Evaluation(position, kl, visits.sum(2), teacher_position, teacher_visits.sum(1))
+    each = jax.vmap(jax.vmap(jax.vmap(one), in_axes=(0, 0, 0, None)), in_axes=(0, None, None, None))
+    seeds_SK = jnp.broadcast_to(jnp.asarray(settings.seeds)[:, None], (len(settings.seeds), len(SIGNS)))
+    position, kl, visits = each(policies, teacher_params, seeds_SK, jnp.arange(len(SIGNS)))
+    return position, kl, visits.sum(2)

@@ -7,6 +7,7 @@ toy_study_curves.npz   gradient variance and sampled sequence KL of every update
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import time
@@ -35,37 +36,39 @@ def run(out: pathlib.Path, settings: Settings, variations: dict[str, dict], *, s
     curves, taught, seconds = {}, {}, {}
     found: dict = {"settings": settings.split(), "gaussian": {}}
 
-    def one(name: str, world: World, its: Settings) -> tuple[dict, learning.Training]:
-        begun, stem = time.perf_counter(), "".join(c if c.isalnum() else "_" for c in name)
-        if world not in taught:
-            taught[world] = learning.teachers(world, its)
-        training = learning.students(world, its, taught[world])
-        evaluation = learning.evaluate(world, its, training)
-        curves[f"{stem}_variance"], curves[f"{stem}_reverse_kl"] = np.asarray(training.variance_GSI), np.asarray(training.reverse_kl_GSI)
-        figures = _draw(out / stem, name, world, its, training, evaluation)
-        seconds[stem] = round(time.perf_counter() - begun, 1)
-        say(f"{name}: {seconds[stem]:.0f} s")
-        return {**results.summary(its, training, evaluation), "figures": figures}, training
+    def timed(name: str, function: Callable):
+        begun = time.perf_counter()
+        value = function()
+        seconds[name] = round(time.perf_counter() - begun, 1)
+        say(f"{name}: {seconds[name]:.0f} s")
+        return value
 
     for name, its in changed.items():
-        summary, _ = one(f"gaussian, {name}", Gaussian(its.min_sigma, its.max_step), its)
+        world, full = Gaussian(its.min_sigma, its.max_step), f"gaussian, {name}"
+        summary, _ = timed(full, functools.partial(_walk, out, full, world, its, taught, curves))
         found["gaussian"][name] = {"changed": variations.get(name, {}), **summary}
-    found["chain"], training = one("chain", Chain(), settings)
-    begun = time.perf_counter()
+    found["chain"], training = timed("chain", lambda: _walk(out, "chain", Chain(), settings, taught, curves))
     with jax.enable_x64(True):
-        found["chain"]["exact"], found["facts"] = exact_rows(training, settings), cases.rows()
-    plots_toy.exact(
-        out / "chain_exact",
-        found["chain"]["exact"],
-        settings.batch,
-        title="chain, at the students of γ = 0: exact; geometric means over seeds and tasks",
-    )
-    seconds["exact"] = round(time.perf_counter() - begun, 1)
-    say(f"exact: {seconds['exact']:.0f} s")
+        found["chain"]["exact"] = timed("chain, exact", lambda: exact_rows(training, settings))
+        found["facts"] = timed("facts", cases.rows)
+    title = "chain, at the students of γ = 0: exact; geometric means over seeds and tasks"
+    plots_toy.exact(out / "chain_exact", found["chain"]["exact"], settings.batch, title=title)
     np.savez_compressed(out / "toy_study_curves.npz", **curves)
     (out / "toy_study.md").write_text(tables.page(found), encoding="utf-8")
     (out / "toy_study.json").write_text(json.dumps(found | {"time/seconds": seconds}, indent=1, allow_nan=False), encoding="utf-8")
     return found
+
+
+def _walk(out: pathlib.Path, name: str, world: World, settings: Settings, taught: dict, curves: dict) -> tuple[dict, learning.Training]:
+    """Teachers (once per world, kept in `taught`), students, figures and summary of one setting; adds to `curves`."""
+    stem = "".join(c if c.isalnum() else "_" for c in name)
+    if world not in taught:
+        taught[world] = learning.teachers(world, settings)
+    training = learning.students(world, settings, taught[world])
+    evaluation = learning.evaluate(world, settings, training)
+    curves[f"{stem}_variance"], curves[f"{stem}_reverse_kl"] = np.asarray(training.variance_GSI), np.asarray(training.reverse_kl_GSI)
+    figures = _draw(out / stem, name, world, settings, training, evaluation)
+    return {**results.summary(settings, training, evaluation), "figures": figures}, training
 
 
 def _make_folder(out: pathlib.Path) -> None:
@@ -99,7 +102,7 @@ def exact_rows(training: learning.Training, settings: Settings) -> list[dict]:
         for s, seed in enumerate(settings.seeds):
             for k, task in enumerate(results.TASKS):
                 student, teacher = _at(training.snapshots, piece, zero, s), _at(training.teachers, s, k)
-                measured = jax.tree.map(np.asarray, exact.study(student, teacher, task=k, settings=settings))
+                measured = jax.tree.map(np.asarray, exact.study(student, teacher, k, settings=settings))
                 place = {"iteration": piece * settings.iterations // CHUNKS, "seed": seed, "task": task}
                 place["gradient"] = float(measured.pop("gradient"))
                 for g, gamma in enumerate(settings.gammas):
