@@ -81,11 +81,9 @@ def setup(
     objective = objective_lib.from_config(parsed, has_teacher=bool(parsed.teacher.path or parsed.teacher.recipe))
     workdir_lib.check(workdir, asked)
     trackers.check(parsed.log)
-    if parsed.rollout.source == "student":
-        progress.phase(f"gradient: {objective_lib.claim(objective)}")
     mesh = parallel.make_mesh(parsed.mesh.data, parsed.mesh.fsdp, parsed.mesh.tensor)
     task = tasks.from_config(parsed, own_task)
-    _warn_of_other_laws(parsed)
+    _say_which_gradient(parsed, objective, progress)
     optimizer = learner.make_optimizer(parsed.learner, parsed.steps)
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=parsed.checkpoint.keep)
     resumed = bool(checkpoints.steps())
@@ -135,8 +133,10 @@ def _begin_or_resume(config: Config, checkpoints, pair: Pair, task: tasks.Task, 
     return learner.init_state(trained, optimizer), 0, {"tokens_total": 0, "seconds": 0.0, **identity}
 
 
-def _warn_of_other_laws(config: Config) -> None:
-    """Says where completions come from another law than the policy in the loss, which is what the estimators' claims are about."""
+def _say_which_gradient(config: Config, objective: objective_lib.Objective, progress: metrics.Progress) -> None:
+    """The claim of the estimator; a warning where completions come from another law than the policy in the loss, of which claims speak."""
+    if config.rollout.source == "student":
+        progress.phase(f"gradient: {objective_lib.claim(objective)}")
     asked, whole = config.rollout, config_lib.Rollout()
     law = {name: getattr(asked, name) for name in ("top_p", "top_k", "min_p") if getattr(asked, name) != getattr(whole, name)}
     if config.rollout.temperature != config.loss.student_temperature:

@@ -113,7 +113,7 @@ def test_vendors_are_imported_where_they_are_used(path):
 
 def test_matplotlib_is_imported_by_plots_alone():
     importers = {name_of(path) for path in modules() if any(n.split(".")[0] == "matplotlib" for n in imports(path))}
-    assert importers <= {"analysis.plots", "analysis.plots_toy"}
+    assert importers <= {"analysis.plots", "analysis.plots_study", "analysis.plots_toy"}
 
 
 def test_import_is_light():
