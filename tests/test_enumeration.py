@@ -158,3 +158,12 @@ def test_extra_tokens_have_the_mean_of_the_full_sum_and_less_noise_with_each(mod
     floor = float(model.trace_covariance(REGISTRY["token_full"]))
     one, two = (float(model.trace_covariance(estimator, extra_samples=n)) - floor for n in (1, 2))
     assert two == pytest.approx(one / 2, rel=1e-9) and one > 0
+
+
+def test_completions_stop_at_the_students_own_stop_token_alone():
+    """An observation that happens to be the stop token ends nothing: 1 + 2 + 4 x 3 completions."""
+    model = enumeration.make("", vocab=3, length=4, observed=(2,), stop=2)
+    rows = dict(zip(map(tuple, model.tokens_NT.tolist()), map(tuple, model.mask_NT.astype(int).tolist()), strict=True))
+    assert len(rows) == 15
+    assert rows[2, 0, 0, 0] == (1, 0, 0, 0) and rows[1, 2, 0, 0] == (1, 1, 0, 0)
+    assert [rows[1, 1, 2, last] for last in range(3)] == [(1, 1, 0, 1)] * 3
