@@ -109,6 +109,13 @@ def test_runs_that_differ_in_their_seed_alone_are_one_group(tmp_path):
     assert [(group.name, group.seeds) for group in found] == [("opd_seed (3 seeds)", [0, 1, 2]), ("opd_fast", [0]), ("opd_again", [0])]
 
 
+def test_seeds_may_draw_the_prompts_and_the_models_of_recipes_too(tmp_path):
+    recipes = [f"configs/quickstart.py:student{end}" for end in ("", ",seed=1", ",seed=2")]
+    paths = [make(tmp_path / f"a{i}", seed=i, task__seed=i, student__recipe=recipe) for i, recipe in enumerate(recipes)]
+    wider = make(tmp_path / "wider", seed=3, task__seed=3, student__recipe="configs/quickstart.py:student,width=96,seed=3")
+    assert [group.seeds for group in groups(*paths, wider)] == [[0, 1, 2], [3]]
+
+
 def test_several_seeds_are_a_mean_with_students_t_interval(tmp_path):
     accuracies = (0.9, 0.8, 0.85)
     rows = summary.table(groups(*seeds(tmp_path, accuracies)))

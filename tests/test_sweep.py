@@ -304,6 +304,7 @@ def test_comparisons_are_paired_by_seed_and_corrected_per_metric(tmp_path):
     differences = [y - x for x, y in zip(a, b, strict=True)]
     assert [pairs[0][name] for name in ("difference", "low", "high", "p")] == pytest.approx(by_hand(differences))
     assert [p["p_holm"] for p in pairs] == pytest.approx(stats.holm([p["p"] for p in pairs]))
+    assert pairs[1]["difference"] == pytest.approx((0.1 - 0.5 + 0.9 - 0.6 + 0.3 - 0.7) / 3)  # without seed 2
     assert "3 seeds are too few" in pairs[1]["note"] and pairs[0]["note"] == ""
 
 
@@ -485,6 +486,19 @@ def test_what_is_known_of_earlier_runs_counts(tmp_path):
     assert "no" not in said(tmp_path)
 
 
+def test_what_runs_now_counts(tmp_path):
+    """Beside a run that has grown beyond all before it nothing is started that would need as much."""
+    grow = "block = b'x' * (120 * 10**6); time.sleep(1.5); say('-big')"
+    jobs = [
+        job(tmp_path, "a", "time.sleep(0.3)"),
+        job(tmp_path, "big", grow),
+        job(tmp_path, "b", "time.sleep(0.5)"),
+        job(tmp_path, "c", "say('c')"),
+    ]
+    run_all(Pool(jobs, [Slot()] * 2, memory_bytes=200 * 10**6))
+    assert said(tmp_path) == ["-big", "c"]
+
+
 PATIENT = """
 def save(*_):
     say('saved'); sys.exit(143)
@@ -580,13 +594,13 @@ def test_the_live_table_shows_progress_and_what_is_left(tmp_path):
     path.parent.mkdir(parents=True)
     path.write_bytes(b'{"step": 0, "eval/accuracy": 0.125}\n{"step": 2, "train/loss": 1}\n{"step": 3, "eval/accu')
     waiting = [Job(t.name, (), tmp_path, tmp_path) for t in made.trials]
-    current = Pool(waiting[2:3], [Slot()])
+    current = Pool(waiting[2:3], [Slot()] * 2)
     current.running = {made.trials[3].name: pool.Running(waiting[3], Slot(), None, time.monotonic())}
     live = board.Board(made, folder)
     console = rich.console.Console(record=True, width=120, file=io.StringIO())
     console.print(live._table(results, current))
     text = console.export_text()
-    assert "1/4 done, 1 running, 1 failed, 1 waiting, about 4 s left" in text
+    assert "1/4 done, 1 running, 1 failed, 1 waiting, about 2 s left" in text
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
     assert rows == [["0.1", "1/2", "", "", "0.5"], ["0.2", "0/2", "2/4", "1", "~0.125"]]
     assert board.remaining_seconds(results[1:], current) is None
