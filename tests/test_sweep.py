@@ -332,6 +332,14 @@ def test_what_is_missing_is_said(tmp_path):
     assert json.loads((tmp_path / "comparisons.json").read_text())[0]["note"].startswith("fewer than two common seeds")
 
 
+def test_equal_results_are_no_difference_and_have_no_interval(tmp_path):
+    made, folder = planned(0.1, 0.2, seeds=3), status.Folder(tmp_path)
+    table.write_all(folder, made, finished(made, folder, [0.5, 0.5, 0.25, 0.25, 0.75, 0.75]))
+    (pair,) = json.loads((tmp_path / "comparisons.json").read_text())
+    assert (pair["difference"], pair["low"], pair["high"], pair["p"], pair["p_holm"]) == (0.0, None, None, 1.0, 1.0)
+    assert "<td>+0</td><td>1</td>" in (tmp_path / "table.html").read_text()
+
+
 def test_points_with_other_fields_are_filled_in_from_their_configs(tmp_path):
     points = sweeps.chain(sweeps.over("estimator.gamma", 0.1), sweeps.over(":prompts", 3))
     made = plan.make(QUICK, sweeps.Sweep(points, metrics=("eval/accuracy",)))

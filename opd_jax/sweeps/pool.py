@@ -80,7 +80,9 @@ class Pool:
     def step(self) -> list[tuple[Job, Outcome]]:
         """Reaps what has ended and starts what may start. Raises UserError for jobs that do not fit into the memory at all."""
         ended = [(one.job, outcome) for one in list(self.running.values()) if (outcome := self._reap(one))]
-        for job in [] if self.stopping else list(self.waiting):
+        if ended or self.stopping:  # what ended is noted before anything else can go wrong
+            return ended
+        for job in list(self.waiting):
             if missing := [name for name in job.needs if name in self.outcomes and self.outcomes[name].exit]:
                 ended.append((job, Outcome(1, stderr=(f"not started: {missing[0]} failed",))))
                 self._finish(job, ended[-1][1])

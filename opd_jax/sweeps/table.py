@@ -208,4 +208,4 @@ def _difference(pair: Mapping[str, Any]) -> str:
     if pair["difference"] is None:
         return "-"
     ends = ["-∞" if pair["low"] is None else f"{pair['low']:+.4g}", "∞" if pair["high"] is None else f"{pair['high']:+.4g}"]
-    return f"{pair['difference']:+.4g}" + (f" [{', '.join(ends)}]" if pair["p"] is not None and pair["n"] > 1 else "")
+    return f"{pair['difference']:+.4g}" + (f" [{', '.join(ends)}]" if pair["p"] is not None and "no interval" not in pair["note"] else "")
