@@ -398,6 +398,8 @@ def test_curves_end_where_a_seed_diverges(tmp_path):
     variance_GSI[1, 2, 20:] = np.nan
     variance_GSI[1, 1, 30:] = np.inf
     plots_toy.variance(tmp_path / "v", variance_GSI, (0.0, 1.0), title="test")
+    for value in (np.nan, np.inf, 3e38):  # all seeds diverged at once, or are about to
+        plots_toy.variance(tmp_path / "w", np.full((2, 3, 40), value, np.float32), (0.0, 1.0), title="test")
     text = (tmp_path / "v.svg").read_text()
     assert (tmp_path / "v.png").read_bytes().startswith(b"\x89PNG") and "<svg" in text and str(tmp_path) not in text
 

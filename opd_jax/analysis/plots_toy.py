@@ -31,6 +31,7 @@ def variance(stem: pathlib.Path, variance_GSI: np.ndarray, gammas: Sequence[floa
 
     Iterations alternate between the tasks, the first is on the left one. A curve ends where a seed's variance is no longer finite.
     """
+    variance_GSI = variance_GSI.astype(np.float64)  # margins beyond the largest float32
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(1, 2, 4.6, 3.2, sharey=True)
         figure.suptitle(title, fontsize=9)
@@ -39,12 +40,15 @@ def variance(stem: pathlib.Path, variance_GSI: np.ndarray, gammas: Sequence[floa
             blocks = min(BLOCKS, len(iterations))
             x = [piece.mean() for piece in np.array_split(iterations, blocks)]
             for values_SI, gamma, colour in zip(variance_GSI[..., task::2], gammas, _colours(len(gammas)), strict=True):
-                logs_SI = np.log10(np.where(values_SI > 0, values_SI, np.nan))
+                logs_SI = np.log10(np.where(np.isfinite(values_SI) & (values_SI > 0), values_SI, np.nan))
                 y_SX = np.stack([piece.mean(-1) for piece in np.array_split(logs_SI, blocks, axis=-1)], axis=-1)
                 axis.plot(x, 10 ** y_SX.mean(0), color=colour, linewidth=1.3, label=f"γ = {gamma:g}")
                 axis.fill_between(x, 10 ** y_SX.min(0), 10 ** y_SX.max(0), color=colour, alpha=0.2, linewidth=0)
-            axis.set(yscale="log", title=f"{name} task", xlabel="iteration")
-        axes[0, 0].set_ylabel("gradient variance, output layer")
+            axis.set(title=f"{name} task", xlabel="iteration")
+        # Without a finite value, as after a divergence at once, a log axis finds no limits of its own.
+        finite = variance_GSI[np.isfinite(variance_GSI) & (variance_GSI > 0)]
+        low, high = (np.log10(finite.min()), np.log10(finite.max())) if finite.size else (0, 1)
+        axes[0, 0].set(yscale="log", ylim=(10 ** (low - 0.2), 10 ** (high + 0.2)), ylabel="gradient variance, output layer")
         axes[0, 1].legend()
         _save(figure, stem)
 
