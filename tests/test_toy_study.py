@@ -328,6 +328,7 @@ def test_intervals_are_students_of_logarithms():
     low, high = scipy.stats.t.interval(0.95, 2, np.log10(values).mean(), scipy.stats.sem(np.log10(values)))
     np.testing.assert_allclose(results.interval(values), [np.prod(values) ** (1 / 3), 10**low, 10**high])
     assert results.interval([0.1, np.nan, 0.2]) is None and results.interval([0.1, np.inf, 0.2]) is None
+    np.testing.assert_allclose(results.interval([0.0, 2.0]), [1.0, *scipy.stats.t.interval(0.95, 1, 1.0, scipy.stats.sem([0.0, 2.0]))])
 
 
 def claims(early, late, spike, distance, spread):

@@ -21,7 +21,8 @@ def page(found: dict) -> str:
         "After Fu et al., Revisiting On-Policy Distillation, arXiv 2603.25562, section 2.1 and appendix E.",
         f"Published settings: {published}.",
         f"Not published, chosen here: {ours}; and what `opd_jax/analysis/toy/settings.py` says in words.",
-        "Geometric means over seeds with 95% intervals (Student's t of logarithms); `diverged` where a seed's numbers are not finite.",
+        "Geometric means over seeds with 95% intervals (Student's t of logarithms; plain where a seed has 0); `diverged` where a seed's "
+        "numbers are not finite.",
         "Early and late: medians over the first and the last tenth of the updates. Held: in how many cases of (seed, task).",
     ]
     for name, one in found["gaussian"].items():
@@ -71,54 +72,56 @@ def _exact(rows: list[dict]) -> list[str]:
             bias = mean([row["bias"] / row["gradient"] for row in own]) if gamma < 1 else "0"
             cosine = f"{np.mean([row['cosine'] for row in own]):.3f}"
             signal = mean([row["gradient"] ** 2 / row["variance"] for row in own])
-            lines.append(
-                [iteration, f"{gamma:g}", bias, cosine, *(mean([row[v] for row in own]) for v in ("variance", "output_variance")), signal]
-            )
+            variances = [mean([row[name] for row in own]) for name in ("variance", "output_variance")]
+            lines.append([iteration, f"{gamma:g}", bias, cosine, *variances, signal])
     header = ["iteration", "gamma", "bias / gradient", "cosine", "variance, one trajectory", "of the output layer", "gradient^2 / variance"]
     told = "Exact, by dynamic programming, all at the students of gamma = 0; geometric means over seeds and tasks (of cosines the mean):"
     return [told, table(header, lines)]
 
 
 def _facts(facts: dict) -> list[str]:
-    exact = lambda x: f"{x:.2g}"
-    entropy = [
-        [r["model"], *(exact(r[k]) for k in ("value", "entropy_differentiated", "sampled_reward", "entropy_as_reward"))]
-        for r in facts["entropy"]
-    ]
-    fixed = []
-    for row in facts["fixed_points"]:
-        numbers = (
-            row["total_variation"],
-            max(row["stationary"].values()),
-            row["kept_to_go"],
-            row["token_difference"],
-            row["to_go_difference"],
-        )
-        fixed.append([row["length"], f"{row['lambda']:g}", *map(exact, numbers)])
-    none = lambda x: "not up to 3" if x is None else f"{x:g}"
-    breaks = []
-    for row in facts["breaks"]:
-        numbers = [f"{row['best_lambda']:g}", estimate(row["best_gain"]), none(row["breaks_from"]), none(row["one_completion_from"])]
-        breaks.append([row["case"], f"{row['error']:g}", row["form"], *numbers])
-    ratios = [[row["behaviour"], row["term"], row["weight"], exact(row["bias"]), exact(row["variance"])] for row in facts["off_policy"]]
     return [
         "## Exact facts, by enumeration",
         "-KL = E[sum log q(y_t) + H(pi_t)]: errors of the value (nats) and, relative, of the gradient by three readings:",
-        table(["model", "value", "entropy differentiated", "sampled reward log q - log pi", "entropy as a reward alone"], entropy),
-        "ExOPD, tabular: targets ref^(1-lambda) q^lambda, normalised at each prefix or not:",
-        table(
-            [
-                "T",
-                "lambda",
-                "distance of the fixed points (TV)",
-                "gradient at the own fixed point",
-                "to-go gradient of the unnormalised at the other",
-            ]
-            + ["token gradients differ", "to-go gradients differ"],
-            fixed,
-        ),
+        _entropy(facts["entropy"]),
+        "ExOPD, tabular: targets ref^(1-lambda) q^lambda, normalised at each prefix or not. Distance: total variation between the fixed "
+        "points of rewards to go; own: largest gradient entry of any form at its own fixed point; other: that of the unnormalised form's "
+        "rewards to go at the normalised one; then how far the gradients of both forms differ, relative, at a student that is neither:",
+        _fixed_points(facts["fixed_points"]),
         "Where extrapolation breaks (`opd_jax/analysis/toy/extrapolation.py` defines it):",
-        table(["case", "size of the error", "target", "best lambda", "gain over lambda 1", "breaks from", "one completion from"], breaks),
+        _breaks(facts["breaks"]),
         "Off-policy: relative bias and variance of each term under each weight (before: rho_{<t}, through: rho_{<=t}):",
-        table(["behaviour", "term", "weight", "bias", "variance"], ratios),
+        table(
+            ["behaviour", "term", "weight", "bias", "variance"],
+            [[r["behaviour"], r["term"], r["weight"], _exactly(r["bias"]), _exactly(r["variance"])] for r in facts["off_policy"]],
+        ),
     ]
+
+
+def _exactly(value: float) -> str:
+    """Two digits; rounding errors stay visible as such."""
+    return f"{value:.2g}"
+
+
+def _entropy(rows: list[dict]) -> str:
+    names = ("value", "entropy_differentiated", "sampled_reward", "entropy_as_reward")
+    header = ["model", "value", "entropy differentiated", "sampled reward log q - log pi", "entropy as a reward alone"]
+    return table(header, [[row["model"], *(_exactly(row[name]) for name in names)] for row in rows])
+
+
+def _fixed_points(rows: list[dict]) -> str:
+    lines = []
+    for row in rows:
+        numbers = [row["total_variation"], max(row["stationary"].values()), row["kept_to_go"]]
+        numbers += [row["token_difference"], row["to_go_difference"]]
+        lines.append([row["length"], f"{row['lambda']:g}", *map(_exactly, numbers)])
+    return table(["T", "lambda", "distance", "own", "other", "token gradients differ", "to-go gradients differ"], lines)
+
+
+def _breaks(rows: list[dict]) -> str:
+    from_ = lambda x: "not up to 3" if x is None else f"{x:g}"
+    lines = []
+    for row in rows:
+        numbers = [f"{row['best_lambda']:g}", estimate(row["best_gain"]), from_(row["breaks_from"]), from_(row["one_completion_from"])]
+        lines.append([row["case"], f"{row['error']:g}", row["form"], *numbers])
+    return table(["case", "size of the error", "target", "best lambda", "gain over lambda 1", "breaks from", "one completion from"], lines)
