@@ -170,11 +170,11 @@ def student_step(world: World, settings: Settings, gamma_index, seed, taught, ca
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Of students and teachers; the last axis but those named is the task."""
+    """Of students and teachers. G gammas, S seeds, K tasks, E trajectories, T times (the start is one), X bins of `world.edges`."""
 
-    position_GSKE: jax.Array  # last positions of the students' trajectories, K tasks, E trajectories
+    position_GSKE: jax.Array  # last positions of the students
     reverse_kl_GSK: jax.Array  # nats per trajectory: mean of sum_t KL(pi || q), each exact at its prefix
-    visits_GSTX: jax.Array  # share of trajectories (both tasks) in each bin of `world.edges` at each time; what is outside is not counted
+    visits_GSTX: jax.Array  # share of the trajectories of both tasks in each bin; what is outside is not counted
     teacher_position_SKE: jax.Array
     teacher_visits_STX: jax.Array
 

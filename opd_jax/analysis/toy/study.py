@@ -77,7 +77,9 @@ def _make_folder(out: pathlib.Path) -> None:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"--workdir={out}: exists and is not an empty folder; {remedy}")
         out.mkdir(parents=True, exist_ok=True)
-        (out / "toy_study.json").touch()  # a folder that cannot be written is refused before any work
+        probe = out / "toy_study.json"  # a folder that cannot be written is refused before any work
+        probe.touch()
+        probe.unlink()
     except OSError as error:
         raise UserError(f"--workdir={out}: cannot be written ({reason(error)}); {remedy}") from None
 
