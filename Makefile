@@ -6,7 +6,7 @@ LOCK ?= --constraint requirements.lock
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 QUICKSTART := configs/quickstart.py
 
-.PHONY: quickstart test test-fast setup lint lock clean
+.PHONY: quickstart study test test-fast setup lint lock clean
 .DEFAULT_GOAL := quickstart
 
 .venv/created:
@@ -30,6 +30,11 @@ quickstart: .venv/installed
 	$(BIN)/python experiments/train.py --config=$(QUICKSTART):seqkd --workdir=runs/quickstart_seqkd
 	$(BIN)/python experiments/train.py --config=$(QUICKSTART):sft --workdir=runs/quickstart_sft
 	$(BIN)/python experiments/report.py --workdir=runs/quickstart,runs/quickstart_seqkd,runs/quickstart_sft --out=runs/quickstart/report.html
+
+# Every figure and table of the README's section on estimators. ARGS=--quick: in minutes; ARGS=--teacher=DIR: with a language model.
+study: .venv/installed
+	$(BIN)/python experiments/claims.py
+	$(BIN)/python experiments/study.py $(ARGS)
 
 lint: .venv/tests-installed
 	$(BIN)/ruff check .
