@@ -4,7 +4,7 @@ python experiments/study.py [--workdir=runs/study] [--teacher=DIR] [--quick]
 
 Exact and sampled bias and variance on enumerable students, the pair of the quickstart, the toy study; with --teacher (a Hugging Face folder
 of a small language model, the README's is karpathy's stories260K) that model and a student pruned from it. Each part has a folder of its
-own; one that is there is not made again. --quick: smaller samples, wider intervals.
+own; one that is finished is not made again. --quick: smaller samples, wider intervals.
 """
 
 import pathlib
@@ -42,13 +42,17 @@ def parts(folder: pathlib.Path, teacher: str, keep: str, quick: bool) -> dict[st
     return found
 
 
+# What a finished part has.
+LAST = {"pruned": "config.json", "toy": "toy_study.md"}
+
+
 def main(argv: list[str]) -> None:
     scripts, folder = pathlib.Path(__file__).parent, pathlib.Path(WORKDIR.value)
     if TEACHER.value and not (pathlib.Path(TEACHER.value) / "config.json").is_file():
         raise UserError(f"--teacher={TEACHER.value}: has no config.json; give a folder with a model, or leave it out")
     for name, (script, *arguments) in parts(folder, TEACHER.value, KEEP.value, QUICK.value).items():
-        if (folder / name).exists():
-            print(f"{folder / name} is there; delete it to make it again", flush=True)
+        if (folder / name / LAST.get(name, "gradient_study.html")).exists():
+            print(f"{folder / name} is finished; delete it to make it again", flush=True)
             continue
         print(shlex.join(["python", f"experiments/{script}", *arguments]), flush=True)
         begin = time.perf_counter()
