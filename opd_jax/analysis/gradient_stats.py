@@ -142,9 +142,11 @@ class Laboratory:
         """|E g|^2 over the variance of one rollout, or None where the interval of |E g|^2 holds 0."""
         mean_S = self._mean(e, None)
         point, resampled_W = self._form(mean_S, mean_S)
-        ratio = _value(point / self.variances()[e], resampled_W / self.resampled_variances()[:, e])
+        found = _quotient(point, resampled_W, self.variances()[e], self.resampled_variances()[:, e])
+        if found.value is None:
+            return found
         resolved = _value(point, resampled_W).low > 0 and point > 0
-        return Value(ratio.value if resolved else None, max(ratio.low, 0.0), max(ratio.high, 0.0))
+        return Value(found.value if resolved else None, max(found.low, 0.0), max(found.high, 0.0))
 
     def cosine(self, e: int, reference: Reference) -> Value:
         """Of E g and the target, or None where one of the two norms is not resolved."""
@@ -188,13 +190,14 @@ class Laboratory:
         mean_I = (units**2 * parts.mean_EI[e] - parts.unit_PEI[:, e].sum(0)) / (units * (units - 1))
         point_I = parts.second_PEI[:, e].mean(0) - mean_I
         resampled_WI = self._counts_WP @ parts.second_PEI[:, e] / units - mean_I[None]
-        share_I, share_WI = point_I / point_I.sum(), resampled_WI / resampled_WI.sum(1, keepdims=True)
-        return {name: _value(share_I[i], share_WI[:, i]) for i, name in enumerate(parts.names)}
+        whole, whole_W = point_I.sum(), resampled_WI.sum(1)
+        return {name: _quotient(point_I[i], resampled_WI[:, i], whole, whole_W) for i, name in enumerate(parts.names)}
 
 
 def ratio(first: Laboratory, a: int, second: Laboratory, b: int) -> Value:
     """variance of a / variance of b, on the same resamples."""
-    return _value(first.variances()[a] / second.variances()[b], first.resampled_variances()[:, a] / second.resampled_variances()[:, b])
+    one, other = (first.variances()[a], first.resampled_variances()[:, a]), (second.variances()[b], second.resampled_variances()[:, b])
+    return _quotient(*one, *other)
 
 
 def exponent(laboratories: Sequence[Laboratory], indices: Sequence[int], at: Sequence[float]) -> Value:
@@ -213,6 +216,13 @@ def _quantiles(values_W: np.ndarray) -> tuple[float, float]:
 
 def _value(point: float, resampled_W: np.ndarray) -> Value:
     return Value(float(point), *_quantiles(resampled_W))
+
+
+def _quotient(point: float, resampled_W: np.ndarray, by: float, by_W: np.ndarray) -> Value:
+    """Nothing at all where the divisor is not positive, in the sample or in a resample."""
+    if not (by > 0 and by_W.min() > 0):
+        return Value(None, None, None)
+    return _value(point / by, resampled_W / by_W)
 
 
 def _root(square: Value) -> Value:

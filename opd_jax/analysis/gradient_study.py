@@ -106,7 +106,7 @@ def run(
     """All conditions on one set of prompts. Raises UserError for numbers that do not fit, before any work."""
     plan.check(settings, rollouts, len(subject.prompts.id_B), subject.mesh)
     references = references_of([one.estimator for one in shadows])
-    cost = study_cost.Cost(subject.models.student, subject.params(settings[0].step), shadows, settings, references, rollouts, plan)
+    cost = study_cost.Cost(subject.params(settings[0].step), shadows, settings, references, rollouts, plan)
     cost.announce(progress)
     rows, pairs, laboratories = [], [], []
     for number, setting in enumerate(settings):

@@ -124,7 +124,8 @@ class Plan:
     seed: int = 0
 
     def projection(self, params) -> shadow.Projection:
-        return shadow.make_projection(params, width=self.sketch, exact_parameters=self.exact_parameters, seed=self.seed)
+        """The same signs for every `seed`, so that studies that differ in it are one program."""
+        return shadow.make_projection(params, width=self.sketch, exact_parameters=self.exact_parameters, seed=0)
 
     def batches(self, setting: Condition, prompts: int) -> int:
         return prompts * setting.group_size // self.batch_size

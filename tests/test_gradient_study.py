@@ -1,0 +1,397 @@
+"""The laboratory: sampled tables against enumeration, sizes and meshes that change nothing, its script and what it refuses."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import ragged_prompts, tiny_model
+from test_configs import ROOT, load, script
+
+from opd_jax import config as config_lib
+from opd_jax import parallel, train
+from opd_jax.analysis import (
+    enumeration,
+    gradient_stats,
+    gradient_study,
+    shadow,
+    study_conditions,
+    study_cost,
+    study_enumerated,
+    study_job,
+    study_report,
+    study_tables,
+)
+from opd_jax.analysis.study_conditions import Condition, Plan, Shadow
+from opd_jax.config import ConfigError
+from opd_jax.metrics import Progress
+from opd_jax.models import spec, transformer
+from opd_jax.numerics.estimators import REGISTRY, TARGETS
+from opd_jax.types import Prompts, UserError
+
+NAMES = ("sequence", "to_go", "rao_blackwell_to_go", "token", "token_full")
+NUMBERS = study_report.NUMBERS
+
+
+# ---- against enumeration
+
+MODELS = {"shared": {"features": 4, "length": 4, "seed": 2}, "stop": {"stop": 2, "length": 4, "seed": 3}}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_enumerated_gradients_are_those_of_the_proofs(model, float64):
+    model = enumeration.make(model, **MODELS[model])
+    index = np.arange(len(model.tokens_NT))
+    for name in NAMES:
+        found = study_enumerated.rollout_gradients(model, REGISTRY[name], index)
+        np.testing.assert_allclose(found, model.gradients(REGISTRY[name]), atol=1e-10)
+
+
+@pytest.mark.slow
+def test_sampled_tables_agree_with_exact_ones():
+    """Over seeds, at least 88% of 95% intervals hold the exact number, for each kind of number."""
+    with jax.enable_x64(True):
+        model = enumeration.make("stop", **MODELS["stop"])
+    names = (*NAMES, "discounted", "forward_kl")
+    exact = gradient_study.enumerated(model, names, exact=True)
+    inside = {name: [] for name in ("variance", "snr", "bias", "bias_sequence")}
+    for seed in range(8):
+        for a, b in zip(exact, gradient_study.enumerated(model, names, rollouts=1024, resamples=400, seed=seed), strict=True):
+            assert a["name"] == b["name"]
+            for name, hits in inside.items():
+                hits.append(b[f"{name}_low"] - 1e-9 <= a[name] <= b[f"{name}_high"] + 1e-9)
+            assert b["cosine_sequence"] is None or abs(a["cosine_sequence"] - b["cosine_sequence"]) < 0.1
+            assert b["bias"] is None or not a["unbiased"]
+    assert min(np.mean(hits) for hits in inside.values()) >= 0.88, {name: np.mean(hits) for name, hits in inside.items()}
+
+
+def test_exact_tables_are_the_enumeration():
+    with jax.enable_x64(True):
+        model = enumeration.make("shared", **MODELS["shared"])
+        mean, target = model.expected_gradient(REGISTRY["token"]), model.exact_gradient("sequence_reverse_kl")
+        variance, bias = float(model.trace_covariance(REGISTRY["token"])), float(jnp.linalg.norm(mean - target))
+        cosine = float(mean @ target / jnp.linalg.norm(mean) / jnp.linalg.norm(target))
+        snr = float(mean @ mean) / variance
+    (row,) = gradient_study.enumerated(model, ["token"], exact=True)
+    for name, value in {"variance": variance, "bias_sequence": bias, "bias": 0, "cosine_sequence": cosine, "snr": snr}.items():
+        assert row[name] == row[f"{name}_low"] == row[f"{name}_high"] == pytest.approx(value, abs=1e-12)
+
+
+def test_rollouts_of_a_group_are_correlated_where_a_baseline_looks_across():
+    """sequence_leave_one_out: n times the variance of the batch mean is told apart from one rollout's; without groups they are one."""
+    with jax.enable_x64(True):
+        model = enumeration.make("shared", **MODELS["shared"])
+    names = ("sequence", "sequence_leave_one_out")
+    alone = gradient_study.enumerated(model, names, rollouts=512)
+    grouped = gradient_study.enumerated(model, names, rollouts=2048, group_size=4)
+    assert alone[0]["variance"] == pytest.approx(alone[1]["variance"]) == alone[1]["variance_batch"]
+    assert grouped[1]["variance_high"] < grouped[0]["variance_low"]
+    assert grouped[0]["prompts"] == 512 and abs(grouped[0]["variance_batch"] / grouped[0]["variance"] - 1) < 0.2
+    assert grouped[1]["bias"] is None
+    with pytest.raises(UserError, match="looks across rows"):
+        gradient_study.enumerated(model, names, exact=True)
+
+
+# ---- a student and a teacher
+
+PLAN = Plan(reference=2, batch_size=16, microbatch=8, position_parts=2, sketch=256, resamples=200)
+
+
+def prompts(rows=32):
+    rng = np.random.default_rng(0)
+    return jax.tree.map(np.asarray, ragged_prompts(rng, rows))
+
+
+def study(plan=PLAN, names=("sequence", "to_go_leave_one_out", "token", "token_full"), **settings):
+    settings = {"lengths": (5,), "prompts": prompts()} | settings
+    return gradient_study.study(tiny_model(0, scale=4.0), tiny_model(1, scale=4.0), settings.pop("prompts"), names, plan=plan, **settings)
+
+
+@pytest.fixture(scope="module")
+def table():
+    return study()
+
+
+def close(a, b, rtol):
+    assert [row["name"] for row in a] == [row["name"] for row in b]
+    for one, other in zip(a, b, strict=True):
+        for name in NUMBERS:
+            for key in (name, f"{name}_low", f"{name}_high"):
+                assert (one[key] is None) == (other[key] is None), key
+                assert one[key] is None or one[key] == pytest.approx(other[key], rel=rtol, abs=1e-3 * abs(one["variance"]) ** 0.5), key
+
+
+def test_a_table_has_a_row_per_estimator_with_its_condition_and_numbers(table):
+    assert [row["name"] for row in table] == ["sequence", "to_go_leave_one_out", "token", "token_full"]
+    json.dumps(table, allow_nan=False)
+    for row in table:
+        assert {name: row[name] for name in study_report.CONDITION} == {
+            "T": 5, "gamma": None, "k": None, "group_size": 1, "temperature": 1.0, "top_p": 1.0, "step": None,
+        }  # fmt: skip
+        assert row["target"] in TARGETS and row["reference"].endswith("on 64 further rollouts")
+        assert row["variance_low"] < row["variance"] < row["variance_high"] and row["rollouts"] == 32
+        for kind in ("position", "parameters"):
+            assert sum(v["share"] for v in row[f"share_by_{kind}"].values()) == pytest.approx(1, abs=1e-3)
+        assert list(row["share_by_position"]) == ["0-2", "3-4"]
+        for name in NUMBERS:
+            low, high = row[f"{name}_low"], row[f"{name}_high"]
+            assert low <= high and (row[name] is None or low - 1e-6 <= row[name] <= high + 1e-6)
+    assert table[0]["variance"] > table[2]["variance"] > table[3]["variance"]
+    assert set(table[0]) <= set(study_report.KEYS) | {f"{name}{end}" for name in NUMBERS for end in ("_low", "_high")}
+
+
+def test_a_table_is_a_function_of_the_seed(table):
+    assert study() == table
+    assert study(dataclasses.replace(PLAN, seed=1))[0]["variance"] != table[0]["variance"]
+
+
+@pytest.mark.slow
+def test_a_microbatch_changes_nothing(table):
+    close(table, study(dataclasses.replace(PLAN, microbatch=16)), rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_mesh_changes_nothing(table):
+    plan = dataclasses.replace(PLAN, microbatch=8)
+    close(table, study(plan, mesh=parallel.make_mesh(data=8)), rtol=1e-3)
+    params, config = tiny_model(0, scale=4.0)
+    mesh = parallel.make_mesh(data=2, fsdp=2, tensor=2)
+    placed = jax.device_put(params, spec.shardings(transformer.param_specs(config), mesh))
+    found = gradient_study.study((placed, config), tiny_model(1, scale=4.0), prompts(), ("token",), lengths=(5,), plan=plan, mesh=mesh)
+    alone = study(plan, ("token",))
+    close(alone, found, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_numbers_are_those_of_whole_gradients():
+    """Variance and bias from gradients that this test keeps whole, on the rollouts of the study."""
+    kept = []
+    original = shadow.measure
+
+    def spy(running, *rest, **settings):
+        kept.append((rest, settings))
+        return original(running, *rest, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shadow, "measure", spy)
+        rows = study(names=("token", "token_full"))
+    vectors, references = [], []
+    for (params, teacher_params, own, independent), s in kept:
+        vectors.append(shadow.rollout_gradients(s["estimators"], s["models"], s["projection"], 1, params, teacher_params, own).vector_EN)
+        references.append(
+            shadow.rollout_gradients(s["references"], s["models"], s["projection"], 1, params, teacher_params, independent).vector_EN
+        )
+    vectors, references = np.concatenate(vectors).astype(np.float64), np.concatenate(references).astype(np.float64)
+    assert vectors.shape[:2] == (32, 3) and references.shape[:2] == (64, 2)
+    for e, row in enumerate(rows):
+        assert row["variance"] == pytest.approx(np.var(vectors[:, e], axis=0, ddof=1).sum(), rel=1e-3)
+    names = [e.name for e in kept[0][1]["estimators"]]
+    assert names == ["token", "token_full", "local_to_go"]
+
+
+def test_conditions_are_the_base_and_one_change_each():
+    base = Condition(8)
+    found = study_conditions.conditions(base, lengths=(8, 16), group_sizes=(4,), temperatures=(0.5,), steps=(0, 10))
+    assert found == [base, Condition(16), Condition(8, 4), Condition(8, temperature=0.5), Condition(8, step=0), Condition(8, step=10)]
+    assert base.on_policy and not Condition(8, temperature=0.5).on_policy and not Condition(8, top_p=0.9).on_policy
+
+
+def test_variants_change_gamma_and_k_where_there_is_one():
+    names = ["token", "discounted", "topk_renormalised"]
+    found = study_conditions.variants([REGISTRY[name] for name in names], gammas=(0.0, 0.9), top_ks=(4,))
+    assert [(one.estimator.name, one.gamma, one.k, one.default) for one in found] == [
+        ("token", None, None, True),
+        ("discounted", 0.9, None, True),
+        ("topk_renormalised", None, 16, True),
+        ("discounted", 0.0, None, False),
+        ("topk_renormalised", None, 4, False),
+    ]
+
+
+def test_references_are_unbiased_and_sum_over_the_vocabulary():
+    found = study_conditions.references_of(list(REGISTRY.values()))
+    assert set(found) == {e.target for e in REGISTRY.values()}
+    assert found["token_reverse_kl"].name == "token_full" and found["sequence_reverse_kl"].name == "local_to_go"
+    for target, estimator in found.items():
+        assert estimator.unbiased and estimator.target == target and not estimator.looks_across
+
+
+@pytest.mark.slow
+def test_sweeps_pair_conditions_and_tell_laws_apart():
+    """The same draws at both lengths; gamma 0 and 1 are token and to_go; another law has no controls and a bias of its own."""
+    names = ("to_go", "discounted", "token")
+    rows = study(
+        names=names, lengths=(4, 8), gammas=(0.0, 1.0), group_sizes=(1, 2), temperatures=(1.0, 0.5), prompts=prompts(64),
+        plan=dataclasses.replace(PLAN, position_parts=1),
+    )  # fmt: skip
+    find = lambda **keys: [row for row in rows if all(row[name] == value for name, value in keys.items())]
+    assert len(rows) == 5 + 3 * 3
+    (zero,), (one,) = (find(name="discounted", gamma=gamma, T=4, group_size=1) for gamma in (0.0, 1.0))
+    token, to_go = (find(name=name, T=4, group_size=1, temperature=1.0)[0] for name in ("token", "to_go"))
+    assert zero["variance"] == pytest.approx(token["variance"], rel=1e-4)
+    assert one["variance"] == pytest.approx(to_go["variance"], rel=1e-4)
+    assert find(name="to_go", T=8)[0]["variance"] > to_go["variance"]
+    assert find(name="token", group_size=2)[0]["prompts"] == 32 and token["prompts"] == 64
+
+
+def test_growth_and_neighbours():
+    """Of vectors that grow as T, and of noise half as large beside them; a condition that differs in more than T is no point."""
+    rng = np.random.default_rng(0)
+    shadows = [Shadow(REGISTRY[name]) for name in ("to_go", "token")]
+    counts = gradient_stats.resample(40, 300, 0)
+    found = []
+    for setting in (Condition(3), Condition(12), Condition(6), Condition(24, temperature=0.5)):
+        noise = rng.normal(size=(40, 1, 5))
+        vectors = np.concatenate([setting.T * noise, 0.5 * setting.T * noise], axis=1)
+        units = study_enumerated.units_of_vectors(vectors, np.zeros((0, 5)), 1)
+        found.append((setting, shadows, gradient_stats.Laboratory(units, counts)))
+    (pair,) = study_tables.neighbours(found[0][2], shadows, found[0][0])
+    assert (pair["name"], pair["other"], pair["T"], pair["gamma"]) == ("to_go", "token", 3, None)
+    assert (pair["ratio"], pair["ratio_low"], pair["ratio_high"]) == pytest.approx((4, 4, 4))
+    growth = study_tables.growth_of(found)
+    logs = [np.log(found[i][2].variances()[1]) for i in (0, 2, 1)]
+    assert [row["values"] for row in growth] == [[3, 6, 12]] * 2
+    assert growth[1]["exponent"] == pytest.approx(np.polyfit(np.log([3, 6, 12]), logs, 1)[0])
+    assert growth[1]["exponent_low"] < 2 < growth[1]["exponent_high"]
+    assert study_tables.growth_of(found[:1]) == []
+
+
+def test_cost_is_counted_before_it_is_spent():
+    params, config = tiny_model(0)
+    shadows = [Shadow(REGISTRY[name]) for name in ("to_go", "token")]
+    settings = [Condition(4), Condition(8, group_size=2)]
+    references = study_conditions.references_of([one.estimator for one in shadows])
+    counts = study_cost.Cost(params, shadows, settings, references, 32, PLAN).counts
+    assert counts["conditions"] == 2 and counts["parameters"] == sum(x.size for x in jax.tree.leaves(params))
+    assert counts["rollouts"] == (32 + 64) + (32 + 32) and counts["tokens"] == 4 * 96 + 8 * 64
+    assert counts["forward_passes"] == 2 * counts["rollouts"]
+    assert counts["backward_passes"] == 2 * 32 * 4 * 2 + (64 + 32) * 2  # two parts of four estimators, then two references
+    assert counts["memory_bytes"] > 4 * counts["parameters"] * PLAN.microbatch
+
+
+def test_nothing_to_measure_is_null():
+    """Equal models have no gradient under an exact estimator."""
+    with jax.enable_x64(True):
+        model = enumeration.make("shared", **MODELS["shared"])
+        model = dataclasses.replace(model, teacher_logits_NTV=model.logits(model.theta_FV))
+    (row,) = gradient_study.enumerated(model, ["token_full"], rollouts=32, resamples=100)
+    assert row["variance"] == pytest.approx(0, abs=1e-20) and row["bias"] is None and row["cosine"] is None
+    json.dumps(row, allow_nan=False)
+
+
+# ---- the script
+
+
+@pytest.mark.slow
+def test_script_from_end_to_end(tmp_path):
+    flags = ["--config=configs/gradient_study.py:tiny", f"--workdir={tmp_path / 'out'}", f"--config.cache_dir={tmp_path / 'cache'}"]
+    out = script("gradient_study.py", *flags, "--config.study.lengths=3")
+    assert "making configs/quickstart.py:teacher,tiny" in out and "backward passes" in out and "page: " in out
+    rows = json.loads((tmp_path / "out" / "gradient_study.json").read_text())
+    assert [(row["name"], row["T"]) for row in rows] == [(n, t) for t in (5, 3) for n in ("sequence", "to_go", "token", "token_full")]
+    lines = (tmp_path / "out" / "gradient_study.csv").read_text().splitlines()
+    assert lines[0].startswith("name,T,gamma,k,group_size,temperature,top_p,step,target,reference,quantity,value,low,high")
+    about = json.loads((tmp_path / "out" / "gradient_study_about.json").read_text())
+    assert about["keys"] == study_report.KEYS and about["config"]["study.lengths"] == "3" and about["cost"]["conditions"] == 2
+    assert len(json.loads((tmp_path / "out" / "gradient_study_pairs.json").read_text())) == 6
+    assert len(json.loads((tmp_path / "out" / "gradient_study_growth.json").read_text())) == 4
+    page = (tmp_path / "out" / "gradient_study.html").read_text()
+    assert (
+        page.count("<svg") >= 5 and "currentColor" in page and "http" not in page.replace("http://www.w3.org", "").replace("http-equiv", "")
+    )
+    figures = {path.name for path in (tmp_path / "out" / "figures").iterdir()}
+    assert {"variance.png", "variance.svg", "variance_by_T.png", "share_by_position.svg"} <= figures
+    assert not [path for path in (tmp_path / "out").rglob("*.tmp")]
+
+
+def default(**changes):
+    c = load(ROOT / "configs" / "gradient_study.py").get_config()
+    c.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+    return c
+
+
+def run_job(c, workdir):
+    return study_job.run(
+        config_lib.parse(c), workdir, make_model=lambda *_: pytest.fail("work before refusal"), progress=Progress(quiet=True)
+    )
+
+
+def test_the_default_is_one_condition_with_exact_references(tmp_path):
+    result = run_job(default(study__rollouts=256, study__resamples=100), tmp_path / "out")
+    names = [row["name"] for row in result.rows]
+    assert len(set(names)) == len(names) and {"token", "to_go", "sequence"} <= set(names)
+    assert {row["reference"] for row in result.rows} == {"exact"}
+    study_report.write(result, tmp_path / "out")
+    first = (tmp_path / "out" / "gradient_study.json").read_bytes()
+    study_report.write(run_job(default(study__rollouts=256, study__resamples=100), tmp_path / "out"), tmp_path / "out")
+    assert (tmp_path / "out" / "gradient_study.json").read_bytes() == first
+    other = run_job(default(study__rollouts=256, study__resamples=100, seed=1), tmp_path / "out")
+    assert other.rows[0]["variance"] != result.rows[0]["variance"]
+
+
+RECIPE = {"student__recipe": "configs/quickstart.py:student,tiny", "teacher__recipe": "configs/quickstart.py:teacher,tiny"}
+WRONG = {
+    "a name": ({"study__estimators": "tokn"}, ["study.estimators", "'tokn'", "did you mean token?"]),
+    "a name twice": ({"study__estimators": "token,token"}, ["study.estimators", "different names"]),
+    "no name": ({"study__estimators": ","}, ["study.estimators", "different names"]),
+    "no teacher": ({"student__path": "x"}, ["teacher.path = ''", "must name a model"]),
+    "too few": ({"study__rollouts": 4} | RECIPE, ["study.rollouts = 4", "must be a multiple of rollout.batch_size = 64"]),
+    "too few prompts": (
+        {"study__rollouts": 64, "rollout__group_size": 16, "study__microbatch": 16, "task__name": "unconditional"} | RECIPE,
+        ["study.rollouts = 64", "are 4 prompts", "from 8"],
+    ),
+    "more than there are": ({"study__rollouts": 64, "task__train_size": 48} | RECIPE, ["study.rollouts = 64", "to 48, which there are"]),
+    "a microbatch": ({"study__microbatch": 7} | RECIPE, ["rollout.batch_size = 64", "multiple of study.microbatch = 7"]),
+    "lengths": ({"study__lengths": "2,x"}, ["study.lengths = '2,x'", "with commas"]),
+    "a nucleus": ({"study__top_ps": "0"}, ["study.top_ps = '0'"]),
+    "gammas of nothing": ({"study__estimators": "token", "study__gammas": "0.5"}, ["study.gammas", "has a discount"]),
+    "greedy": ({"rollout__temperature": 0.0} | RECIPE, ["temperature"]),
+    "another source": ({"rollout__source": "dataset"}, ["rollout.source", "'student'"]),
+    "an adapter": ({"student__lora__rank": 4} | RECIPE, ["student.lora.rank = 4"]),
+    "no run": ({"study__steps": "1", "student__path": "x", "teacher__path": "y"}, ["study.steps", "run directory"]),
+    "a long enumeration": ({"rollout__max_new_tokens": 30}, ["T = 30", "lengths up to 7"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_inputs_are_refused_before_any_work(wrong, tmp_path):
+    changes, words = WRONG[wrong]
+    with pytest.raises(ConfigError) as error:
+        run_job(default(**changes), tmp_path / "out")
+    assert all(word in str(error.value) for word in words), error.value
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    for workdir in (tmp_path / "file", ""):
+        with pytest.raises(UserError, match="--workdir"):
+            run_job(default(), workdir)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_prompts_and_models_that_do_not_fit_are_refused():
+    with pytest.raises(UserError, match="give encoded Prompts"):
+        study(prompts=["a", "b"])
+    few = Prompts(*(np.asarray(x)[:4] for x in (prompts().tokens_BS, prompts().mask_BS, prompts().id_B)))
+    with pytest.raises(UserError, match=r"study.rollouts = 4"):
+        study(prompts=few)
+
+
+@pytest.mark.slow
+def test_checkpoints_of_a_run_are_conditions(tmp_path):
+    """Each step's own weights: those of two steps differ, the newest is the student as given."""
+    c = load(ROOT / "configs" / "quickstart.py").get_config("teacher,tiny")
+    c.checkpoint.every, c.checkpoint.keep = 4, 4
+    list(train.run(c, tmp_path / "run"))
+    d = load(ROOT / "configs" / "gradient_study.py").get_config("tiny")
+    d.student.path = d.teacher.path = str(tmp_path / "run")
+    d.study.estimators, d.study.steps, d.study.position_parts = "token", "4,8", 1
+    rows = run_job(d, tmp_path / "out").rows
+    assert [row["step"] for row in rows] == [None, 4, 8]
+    assert rows[0]["variance"] == rows[2]["variance"] < 1e-6 < rows[1]["variance"]
+    d.study.steps = "5"
+    with pytest.raises(ConfigError, match=r"no checkpoint 5; valid: 4, 8"):
+        run_job(d, tmp_path / "out")
