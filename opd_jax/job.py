@@ -136,7 +136,7 @@ def _begin_or_resume(config: Config, checkpoints, pair: Pair, task: tasks.Task, 
 def _say_which_gradient(config: Config, objective: objective_lib.Objective, progress: metrics.Progress) -> None:
     """The claim of the estimator; a warning where completions come from another law than the policy in the loss, of which claims speak."""
     if config.rollout.source == "student":
-        progress.phase(f"gradient: {objective_lib.claim(objective)}")
+        progress.phase(f"gradient: {objective_lib.claim(objective, config)}")
     asked, whole = config.rollout, config_lib.Rollout()
     law = {name: getattr(asked, name) for name in ("top_p", "top_k", "min_p") if getattr(asked, name) != getattr(whole, name)}
     if config.rollout.temperature != config.loss.student_temperature:
@@ -145,7 +145,7 @@ def _say_which_gradient(config: Config, objective: objective_lib.Objective, prog
         fields = ", ".join(f"{name} = {value}" for name, value in law.items())
         log.warning(
             "completions are drawn from another law than the policy in the loss (%s): the estimators' claims do not hold for it; "
-            "estimator.importance = 'cumulative' corrects what the law can draw",
+            "estimator.importance = 'sequence' or 'cumulative' corrects what the law can draw",
             fields,
         )
 

@@ -62,6 +62,11 @@ def _estimator(config: Config) -> Estimator:
             f"config field estimator.importance = {asked.importance!r} needs the law that wrote the completions, which rollout.source = "
             "'dataset' does not give; use 'none', or rollout.source = 'student' or 'teacher'"
         )
+    if asked.importance != "none" and config.rollout.temperature == 0:
+        raise ConfigError(
+            f"config field estimator.importance = {asked.importance!r} needs draws, and rollout.temperature = 0 is greedy; use 'none', or "
+            "a temperature above 0"
+        )
     compared = {
         "kind": signal.divergence,
         "support": signal.support,
@@ -78,13 +83,21 @@ def _estimator(config: Config) -> Estimator:
         raise ConfigError(str(error)) from None
 
 
-def claim(objective: Objective) -> str:
-    """Which gradient a run follows, in one line, for completions that the policy itself wrote."""
-    uneven = {
-        "token_mean": "; its weights depend on the lengths in the batch (loss.normaliser=token_mean)",
-        "sequence_mean": "; each completion is weighed by 1 / its length (loss.normaliser=sequence_mean)",
-    }
-    return objective.estimator.claim + uneven.get(objective.normaliser, "")
+def claim(objective: Objective, config: Config) -> str:
+    """Which gradient a run on the student's completions follows, in one line; what its law and its normaliser spoil comes first."""
+    law, asked, spoilt = config.rollout, config.estimator.importance, []
+    truncated = [f"{name}={value}" for name, value, whole in _truncations(law) if value != whole]
+    if truncated:
+        spoilt.append(f"rollout.{truncated[0]} draws nothing outside its tokens, which no ratio brings back")
+    elif law.temperature != config.loss.student_temperature and asked not in ("cumulative", "sequence"):
+        spoilt.append(f"completions are drawn at temperature {law.temperature:g}, corrected by estimator.importance={asked}")
+    if objective.normaliser in ("token_mean", "sequence_mean"):
+        spoilt.append(f"lengths weigh completions (loss.normaliser={objective.normaliser})")
+    return f"{objective.estimator.claim}{', but for: ' if spoilt else ''}{'; '.join(spoilt)}"
+
+
+def _truncations(law) -> list[tuple]:
+    return [("top_p", law.top_p, 1.0), ("top_k", law.top_k, 0), ("min_p", law.min_p, 0.0)]
 
 
 def normalise(objective: Objective, context: Context) -> tuple[jax.Array, jax.Array]:
@@ -103,10 +116,12 @@ def loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """(the share of these rows in the loss, masked sums for the metrics). Shares and sums of microbatches add up."""
     signal = objective.estimator.signal
-    stats = token_stats(student, target, tokens_BT, signal=signal, needs=objective.needs)
+    exact = (signal.student_temperature, signal.teacher_temperature) == (1.0, 1.0)
+    own = {"logp", *objective.estimator.needs}
+    stats = token_stats(student, target, tokens_BT, signal=signal, needs=objective.needs if exact else own)
     context = prepared(objective, stats, context)
     shown = stats
-    if (signal.student_temperature, signal.teacher_temperature) != (1.0, 1.0):
+    if not exact:
         shown = token_stats(jax.lax.stop_gradient(student), target, tokens_BT, signal=Signal("nll"), needs=objective.shown)
     term = objective.estimator.terms(stats, context)
     loss_B = estimators.loss_B(stats, dataclasses.replace(term, mask_BT=term.mask_BT * weights_BT))

@@ -47,7 +47,8 @@ def test_refusals(arguments, words):
 
 
 def model_and_laws():
-    model = enumeration.make("off-policy", vocab=3, length=3, stop=2, features=3, seed=4)
+    """Ragged completions whose second token the environment writes."""
+    model = enumeration.make("off-policy", vocab=3, length=4, stop=2, features=3, observed=(1,), seed=4)
     rng = np.random.default_rng(9)
     older = model.theta_FV + 0.3 * jnp.asarray(rng.normal(size=model.theta_FV.shape))
     return model, {"older": model.law(model.logits(older)), "hot": model.law(temperature=1.7)}
@@ -62,6 +63,9 @@ ESTIMATORS = {
     "local_to_go": (FULL, "to_go", {}),
     "forward_kl": (Signal("forward_kl"), "token", {}),
     "forward_kl, sampled": (Signal("forward_kl", "sampled"), "token", {}),
+    "top-k with the token": (Signal("reverse_kl", "topk_teacher+token", tail="bucket", k=1), "token", {}),
+    "to_go, optimal baseline": (SAMPLED, "to_go", {"baseline": "optimal"}),
+    "discounted futures": (FULL, "discounted", {}),
 }
 
 
@@ -75,6 +79,17 @@ def test_sequence_and_cumulative_ratios_give_the_on_policy_gradient(name, float6
         for law in laws.values():
             error = np.abs(np.asarray(model.expected_gradient(built, law=law)) - on_policy).max()
             assert (error < 1e-10) == (correction in ("sequence", "cumulative")), correction
+
+
+@pytest.mark.parametrize("signal", [SAMPLED, FULL], ids=["sampled", "full"])
+def test_a_baseline_of_other_rollouts_keeps_the_corrected_gradient(signal, float64):
+    """Pairs of rollouts of the hot law."""
+    model = enumeration.make("small", vocab=2, length=3, stop=1, features=2, seed=3)
+    on_policy = model.expected_gradient(estimators.build(signal, "to_go", 1.0))
+    for correction in ("sequence", "cumulative"):
+        built = estimators.build(signal, "to_go", 1.0, importance=correction, baseline="leave_one_out")
+        found = model.expected_gradient(built, law=model.law(temperature=1.7), rollouts=2)
+        np.testing.assert_allclose(found, on_policy, atol=1e-10)
 
 
 def test_sequence_credit_is_corrected_by_the_ratio_of_the_sequence(float64):

@@ -69,8 +69,13 @@ def max_difference(a, b):
     return max(float(jnp.max(jnp.abs(x - y))) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
-@pytest.mark.parametrize("normaliser", ["token_mean", "sequence_mean", "sequence_sum", "constant"])
-@pytest.mark.parametrize("name", ["reverse_kl", "to_go"])
+@pytest.mark.parametrize(
+    ("name", "normaliser"),
+    [
+        *[("reverse_kl", normaliser) for normaliser in ("token_mean", "sequence_mean", "sequence_sum", "constant")],
+        *[(name, "token_mean") for name in ("to_go", "leave_one_out", "position_mean", "cumulative")],
+    ],
+)
 def test_microbatches_give_equal_gradients_with_ragged_lengths(name, normaliser):
     goal = make_objective(name, normaliser)
     params, config, teacher_params, teacher_config, batch = make_case(goal)

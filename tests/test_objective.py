@@ -43,3 +43,49 @@ def test_every_field_of_the_signal_arrives():
 def test_what_does_not_fit_is_refused(fields, message):
     with pytest.raises(ConfigError, match="^" + re.escape(message)):
         from_signal(**fields)
+
+
+def claim_of(rollout=None, estimator=None, **loss):
+    config = config_lib.Config(
+        signal=config_lib.Signal(support="sampled"),
+        rollout=config_lib.Rollout(**(rollout or {})),
+        estimator=config_lib.Estimator(**{"credit": "to_go", **(estimator or {})}),
+        loss=config_lib.Loss(**{"normaliser": "sequence_sum", **loss}),
+    )
+    return objective.claim(objective.from_config(config, has_teacher=True), config)
+
+
+def test_a_run_says_what_spoils_the_claim_of_its_estimator():
+    plain = "Unbiased for the sequence-level reverse KL"
+    assert claim_of() == plain
+    assert claim_of({"temperature": 0.7}, {"importance": "sequence"}) == plain
+    for spoilt, words in (
+        (claim_of(normaliser="token_mean"), "lengths weigh completions (loss.normaliser=token_mean)"),
+        (
+            claim_of({"top_p": 0.9}, {"importance": "cumulative"}),
+            "rollout.top_p=0.9 draws nothing outside its tokens, which no ratio brings back",
+        ),
+        (
+            claim_of({"temperature": 0.7}, {"importance": "clip"}),
+            "completions are drawn at temperature 0.7, corrected by estimator.importance=clip",
+        ),
+    ):
+        assert spoilt == f"{plain}, but for: {words}"
+
+
+@pytest.mark.parametrize(
+    "rollout, estimator, message",
+    [
+        (
+            {"temperature": 0.0},
+            {"importance": "cumulative"},
+            "importance = 'cumulative' needs draws, and rollout.temperature = 0 is greedy",
+        ),
+        ({"source": "dataset"}, {"importance": "token"}, "importance = 'token' needs the law that wrote the completions"),
+        ({}, {"baseline": "leave_one_out"}, "baseline = 'leave_one_out' needs rollout.group_size of at least 2, not 1"),
+        ({}, {"baseline": "mean"}, "estimator.baseline = 'mean' is not known; valid: none, kl"),
+    ],
+)
+def test_choices_of_the_estimator_that_do_not_fit_are_refused(rollout, estimator, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        claim_of(rollout, estimator)

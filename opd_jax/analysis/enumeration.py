@@ -15,7 +15,6 @@ import numpy as np
 
 from opd_jax import sampler
 from opd_jax.numerics.estimators import TARGETS, Estimator
-from opd_jax.numerics.token_stats import DenseHead, Target, token_stats
 
 # Floats of the estimates that are in memory at once.
 CHUNK = 2**21
@@ -102,9 +101,8 @@ class Enumerable:
         if target == "sequence_reverse_kl":
             logp_N = self.log_probability(logits_NTV)
             return jnp.sum(jnp.exp(logp_N) * (logp_N - self.log_probability(self.teacher_logits_NTV)))
-        student, teacher = DenseHead(logits_NTV), DenseHead(self.teacher_logits_NTV)
         signal = TARGETS[target]
-        local_NT = token_stats(student, Target((teacher,)), self.tokens_NT, signal=signal, needs=("local",)).local_BT
+        local_NT = _definition(signal.kind, signal.beta, jax.nn.log_softmax(logits_NTV), jax.nn.log_softmax(self.teacher_logits_NTV))
         probability_N = (self.law() if law is None else law).probability_N
         return jnp.sum(probability_N * jnp.sum(jnp.where(self.mask_NT, local_NT, 0), axis=1))
 
@@ -121,6 +119,24 @@ class Enumerable:
             mean = mean + (own_mean - mean) * weight / (total + weight)
             total += weight
         return jnp.asarray(mean), jnp.asarray(squares / total)
+
+
+def _definition(kind: str, beta: float | None, logp: jax.Array, logq: jax.Array) -> jax.Array:
+    """A divergence over the last axis as a textbook has it, apart from numerics/: it is what their gradients are compared with."""
+
+    def kl(log_a, log_b):
+        return jnp.sum(jnp.exp(log_a) * (log_a - log_b), axis=-1)
+
+    def mixed(weight, log_a, log_b):
+        return jnp.log(weight * jnp.exp(log_a) + (1 - weight) * jnp.exp(log_b))
+
+    return {
+        "reverse_kl": lambda: kl(logp, logq),
+        "forward_kl": lambda: kl(logq, logp),
+        "jsd": lambda: beta * kl(logq, mixed(beta, logq, logp)) + (1 - beta) * kl(logp, mixed(beta, logq, logp)),
+        "skew_forward_kl": lambda: kl(logq, mixed(beta, logq, logp)),
+        "skew_reverse_kl": lambda: kl(logp, mixed(beta, logp, logq)),
+    }[kind]()
 
 
 @functools.partial(jax.jit, static_argnames="change")

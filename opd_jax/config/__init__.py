@@ -109,7 +109,8 @@ def unknown_field(name: str, valid: list[str]) -> str:
 
 def differences(old: dict, new: dict) -> list[str]:
     """Fields of two nested config dicts that differ and that a resumed run may not change, as `name: old -> new`."""
-    old, new = flatten(old), flatten(new)
+    # A run of an earlier version lacks the fields that came since; their defaults are what it did.
+    old, new = flatten(Config()) | flatten(old), flatten(new)
     changed = []
     for name in sorted(old.keys() | new.keys()):
         before, after = old.get(name), new.get(name)

@@ -31,5 +31,5 @@ def across_rows(advantage_BT: jax.Array, mask_BT: jax.Array, group_B: jax.Array,
         return jnp.broadcast_to(masked.masked_mean(advantage_BT, mask_BT, axis=0)[None], advantage_BT.shape)
     others_BB = (group_B[:, None] == group_B[None, :]) & ~jnp.eye(len(group_B), dtype=bool)
     others_BB = others_BB.astype(advantage_BT.dtype)
-    count_BT = others_BB @ mask_BT.astype(advantage_BT.dtype)
-    return (others_BB @ advantage_BT) / jnp.maximum(count_BT, 1)
+    total = lambda x_BT: jnp.matmul(others_BB, x_BT, precision=jax.lax.Precision.HIGHEST)  # sums of nats, not of bfloat16
+    return total(advantage_BT) / jnp.maximum(total(mask_BT.astype(advantage_BT.dtype)), 1)

@@ -16,6 +16,14 @@ def ratios(logp_BT: jax.Array, behaviour_logp_BT: jax.Array, mask_BT: jax.Array)
     return jax.lax.stop_gradient(jnp.where(mask_BT.astype(bool), logp_BT - behaviour_logp_BT, 0))
 
 
+def check(correction: str, clip: float) -> None:
+    """Raises ValueError for an unknown correction, or a clip that leaves no room."""
+    if correction not in CORRECTIONS:
+        raise ValueError(f"estimator.importance = {correction!r} is not known; valid: {', '.join(CORRECTIONS)}")
+    if not clip >= 1:
+        raise ValueError(f"estimator.clip = {clip!r} must be at least 1")
+
+
 def weights(log_rho_BT: jax.Array, *, correction: str, clip: float) -> tuple[jax.Array, jax.Array]:
     """(weights of a local term, weights of a term on the sampled token), both [B, T].
 
@@ -28,10 +36,7 @@ def weights(log_rho_BT: jax.Array, *, correction: str, clip: float) -> tuple[jax
     Sources: Precup, Sutton and Singh, Eligibility Traces for Off-Policy Policy Evaluation (2000); clip: Espeholt et al., IMPALA (2018).
     Raises ValueError for an unknown correction, or clip below 1.
     """
-    if correction not in CORRECTIONS:
-        raise ValueError(f"estimator.importance = {correction!r} is not known; valid: {', '.join(CORRECTIONS)}")
-    if not clip >= 1:
-        raise ValueError(f"estimator.clip = {clip!r} must be at least 1")
+    check(correction, clip)
     through_BT = jnp.cumsum(log_rho_BT, axis=1)
     rho_BT = _bounded(log_rho_BT)
     if correction == "none":

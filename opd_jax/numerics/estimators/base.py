@@ -57,13 +57,17 @@ class Term:
 def loss_B(stats: Stats, term: Term) -> jax.Array:
     """The loss of a term, summed over tokens, [B]; what stands where the mask is 0 does not count."""
     loss_BT = jnp.zeros(term.mask_BT.shape, stats.logp_BT.dtype)
+
+    def counted(x_BT):  # before the products: the gradient of a product with NaN is NaN, masked later or not
+        return jnp.where(term.mask_BT != 0, x_BT, 0)
+
     if term.local_BT is not None:
         weight_BT = 1.0 if term.w_local_BT is None else jax.lax.stop_gradient(term.w_local_BT)
-        loss_BT += weight_BT * term.local_BT
+        loss_BT += counted(weight_BT) * counted(term.local_BT)
     if term.advantage_BT is not None:
         weight_BT = 1.0 if term.w_score_BT is None else term.w_score_BT
-        loss_BT -= jax.lax.stop_gradient(weight_BT * term.advantage_BT) * stats.logp_BT
-    return jnp.sum(jnp.where(term.mask_BT != 0, term.mask_BT * loss_BT, 0), axis=1)
+        loss_BT -= jax.lax.stop_gradient(counted(weight_BT * term.advantage_BT)) * counted(stats.logp_BT)
+    return jnp.sum(term.mask_BT * loss_BT, axis=1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,8 +31,10 @@ def build(
         raise ValueError(f"estimator.gamma = {gamma!r} must be between 0 and 1")
     off_policy = {"importance": importance, "clip": clip}
     credited = {"gamma": gamma if credit == "discounted" else 1.0, "baseline": baseline, **off_policy}
-    about = {"name": "/".join((signal.kind, signal.support, credit)), "formula": "", "reference": ""}
-    about |= dict(zip(("claim", "target", "unbiased"), ("", "", False), strict=True))
+    chosen = (signal.kind, signal.support, credit, "exact_future" if exact_future else "", baseline, importance)
+    about = {"name": "/".join(part for part in chosen if part not in ("", "none")), "formula": "", "reference": ""}
+    about |= {"claim": "", "target": "", "unbiased": False}
+    _refuse_ratios(signal, importance)
     if signal.kind == "reverse_kl" and signal.support == "sampled":
         _check_exact_future(exact_future, credit)
         built = ScoreFunction(**about, signal=signal, credit=credit, exact_future=exact_future, **credited)
@@ -40,7 +42,7 @@ def build(
         _refuse_without_advantages(signal, exact_future, baseline)
         built = Local(**about, signal=signal, **off_policy)
     elif signal.kind == "reverse_kl" and signal.support == "full" and credit in ("to_go", "discounted"):
-        built = _local_to_go(about, signal, credited, baseline)
+        built = _local_to_go(about, signal, credited, baseline, exact_future)
     else:
         raise ValueError(
             f"estimator.credit = {credit!r} does not go with signal.divergence = {signal.kind!r}, signal.support = {signal.support!r}: "
@@ -63,44 +65,64 @@ def _refuse_without_advantages(signal: Signal, exact_future: bool, baseline: str
         )
 
 
-def _local_to_go(about: dict, signal: Signal, credited: dict, baseline: str) -> LocalToGo:
-    if baseline == "optimal":
+def _refuse_ratios(signal: Signal, importance: str) -> None:
+    if importance != "none" and signal.kind not in entries.DIVERGENCES:
         raise ValueError(
-            "estimator.baseline = 'optimal' is for the sampled token's own log-ratio, which signal.support = 'full' does not use; "
+            f"estimator.importance = {importance!r} is for divergences on the policy's own completions, not for signal.divergence = "
+            f"{signal.kind!r}; use 'none'"
+        )
+
+
+def _local_to_go(about: dict, signal: Signal, credited: dict, baseline: str, exact_future: bool) -> LocalToGo:
+    if baseline in ("kl", "optimal"):
+        raise ValueError(
+            f"estimator.baseline = {baseline!r} is for the sampled token's own log-ratio, which signal.support = 'full' does not use; "
             "use 'leave_one_out', or signal.support = 'sampled'"
         )
+    if exact_future:
+        raise ValueError("estimator.exact_future = True is for signal.support = 'sampled'; with 'full' all terms are exact already")
     return LocalToGo(**about, signal=signal, **credited)
 
 
+_OF_A_TAIL = {
+    "generalised": "leaves out what is outside",
+    "renormalise": "does not see the mass outside",
+    "bucket": "does not tell the tokens outside apart",
+    "none": "has its minimum elsewhere",
+    "sampled_tail": "draws nothing outside once the token is added",
+    "sampled_tail_published": "is off by grad p(S)",
+}
+
+
 def _claim(built: Estimator) -> dict:
-    """claim, target and unbiased of a built estimator, on-policy and at the loss temperatures: what its parts say, and no more."""
-    words = built.signal.kind.replace("_", " ").replace("kl", "KL").replace("jsd", "JSD")
+    """claim, target and unbiased of a built estimator, on-policy at the loss temperatures: what its parts say, and no more."""
     if isinstance(built, ScoreFunction | LocalToGo):
-        credit = built.credit if isinstance(built, ScoreFunction) else "to_go"
-        whole = credit != "token" and not (credit == "discounted" and built.gamma == 0)
-        target = "sequence_reverse_kl" if whole else "token_reverse_kl"
-        what = "the sequence-level reverse KL" if whole else "the token-level reverse KL with prefixes held fixed"
-        reasons = []
-        if whole and built.gamma < 1:
-            reasons.append(f"gamma {built.gamma:g} discounts")
-        if built.baseline in ("batch_mean", "position_mean"):
-            reasons.append(f"baseline {built.baseline} includes the own sample, of order 1/n")
-        return {"target": target, "unbiased": not reasons, "claim": _sentence(what, reasons)}
+        return _claim_of_credit(built)
+    words = built.signal.kind.replace("_", " ").replace("kl", "KL").replace("jsd", "JSD")
     if built.signal.kind not in entries.DIVERGENCES:
         return {"target": "", "unbiased": True, "claim": f"The gradient of the {words} of these completions, prefixes taken as data"}
     reasons = []
-    if built.signal.support.startswith("topk") and (built.signal.tail != "sampled_tail" or built.signal.support.endswith("+token")):
-        reasons.append(f"support {built.signal.support} with tail {built.signal.tail} leaves out what is outside")
+    if built.signal.is_topk and (built.signal.tail != "sampled_tail" or built.signal.adds_token):
+        reasons.append(f"below the whole vocabulary, {built.signal.support} with tail {built.signal.tail} {_OF_A_TAIL[built.signal.tail]}")
     takes_beta = entries.DIVERGENCES[built.signal.kind]
     beta = f" ({built.signal.beta:g})" if takes_beta else ""
     same = {name: signal for name, signal in TARGETS.items() if signal and signal.kind == built.signal.kind}
     target = next((name for name, signal in same.items() if not takes_beta or signal.beta == built.signal.beta), "")
-    return {
-        "target": target,
-        "unbiased": not reasons,
-        "claim": _sentence(f"the token-level {words}{beta} with prefixes held fixed", reasons),
-    }
+    return _stated(built, target, f"the token-level {words}{beta} with prefixes held fixed", reasons)
 
 
-def _sentence(what: str, reasons: list[str]) -> str:
-    return f"Biased for {what}: {' and '.join(reasons)}" if reasons else f"Unbiased for {what}"
+def _claim_of_credit(built: ScoreFunction | LocalToGo) -> dict:
+    token = built.gamma == 0 or getattr(built, "credit", "to_go") == "token"
+    what = "the token-level reverse KL with prefixes held fixed" if token else "the sequence-level reverse KL"
+    reasons = [] if token or built.gamma == 1 else [f"gamma {built.gamma:g} discounts what comes later"]
+    if built.baseline in ("batch_mean", "position_mean"):
+        reasons.append(f"baseline {built.baseline} includes the own sample, of order 1/n")
+    return _stated(built, "token_reverse_kl" if token else "sequence_reverse_kl", what, reasons)
+
+
+def _stated(built: Estimator, target: str, what: str, reasons: list[str]) -> dict:
+    at = built.signal.student_temperature, built.signal.teacher_temperature
+    if at != (1.0, 1.0):  # another law than those that the named targets speak of
+        target, what = "", f"{what}, of the laws at temperatures {at[0]:g} and {at[1]:g}"
+    claim = f"Biased for {what}: {' and '.join(reasons)}" if reasons else f"Unbiased for {what}"
+    return {"target": target, "unbiased": not reasons, "claim": claim}

@@ -26,6 +26,7 @@ class Local(Estimator):
     clip: float = 2.0
 
     def __post_init__(self):
+        importance_lib.check(self.importance, self.clip)
         if self.importance == "cumulative" and self.signal.tail.startswith("sampled_tail") and self.signal.support.startswith("topk"):
             raise ValueError(
                 f"estimator.importance = 'cumulative' does not go with signal.tail = {self.signal.tail!r}, whose two parts need different "
@@ -41,7 +42,7 @@ class Local(Estimator):
             return Term(context.mask_BT, local_BT=stats.local_BT)
         log_rho_BT = importance_lib.ratios(stats.logp_BT, context.behaviour_logp_BT, context.mask_BT)
         w_local_BT, w_score_BT = importance_lib.weights(log_rho_BT, correction=self.importance, clip=self.clip)
-        weight_BT = w_score_BT if self.signal.support == "sampled" else w_local_BT
+        weight_BT = w_score_BT if self.signal.reads_tokens else w_local_BT
         return Term(context.mask_BT, local_BT=stats.local_BT, w_local_BT=weight_BT)
 
 
@@ -58,8 +59,8 @@ class LogRatioLoss(Estimator):
     """k1, k2 or k3 at the sampled token, differentiated as a loss; `k3_plus` has the value of k3 and the gradient of k2 (straight through).
 
     With delta = log pi - log q the gradients are s, delta s and (1 - e^-delta) s. Their means over y ~ pi are 0, grad KL(pi || q) and
-    grad KL(q || pi): k1 learns nothing, k2 is the reverse KL, k3 is the FORWARD KL. e^-delta has no bound: k3 may overflow in float32
-    where the teacher is e^88 times as sure as the student.
+    grad KL(q || pi): k1 learns nothing, k2 is the reverse KL, k3 is the FORWARD KL. e^-delta has no bound: k3 and the value of k3_plus may
+    overflow in float32, where the teacher is e^88 times as sure as the student.
     Sources: Schulman, Approximating KL Divergence (2020); Tang and Munos, arXiv 2506.09477.
     """
 
@@ -106,6 +107,8 @@ class MultiSample(Estimator):
     needs = ("logp", "extra_logp", "extra_target_logp")
 
     def terms(self, stats: Stats, context: Context) -> Term:
+        if stats.extra_logp_BTN is None:
+            raise ValueError("extra_tokens_BTN is missing: this estimator reads further draws at each position")
         reward_BTN = jax.lax.stop_gradient(stats.extra_target_logp_BTN - stats.extra_logp_BTN)
         draws = reward_BTN.shape[-1]
         if self.leave_one_out:

@@ -13,7 +13,7 @@ VOPD = "vOPD, arXiv 2605.07865"
 
 SEQUENCE = "Unbiased for the gradient of the sequence-level reverse KL"
 TOKEN = "Unbiased for the token-level reverse KL with prefixes held fixed"
-BETWEEN = "Biased for the sequence-level reverse KL (gamma 0.9): between token and to-go credit in bias and in variance"
+DISCOUNTED = "Biased for the sequence-level reverse KL (gamma 0.9): later terms count less; often, not always, between token and to-go"
 TRUNCATED = "Biased for the token-level reverse KL"
 TOP_K = 16
 
@@ -108,7 +108,7 @@ SEQUENCE_LEVEL = (
         "discounted",
         "A_t = sum_{u >= t} gamma^(u - t) l_u",
         f"{REVISITING}, eq. 3",
-        claim=BETWEEN,
+        claim=DISCOUNTED,
         unbiased=False,
         credit="discounted",
         gamma=0.9,
@@ -117,7 +117,7 @@ SEQUENCE_LEVEL = (
         "rao_blackwell_discounted",
         "A_t = l_t - sum_{u > t} gamma^(u - t) K_u",
         f"{REVISITING}, eq. 3; {THEORY}, Theorem 1 (iv)",
-        claim=f"{BETWEEN}; exact future KLs",
+        claim=f"{DISCOUNTED}; exact future KLs",
         unbiased=False,
         credit="discounted",
         gamma=0.9,
@@ -127,7 +127,7 @@ SEQUENCE_LEVEL = (
         "local_discounted",
         "sum_t grad K_t + (sum_{u > t} gamma^(u - t) K_u) s_t",
         f"{REVISITING}, eq. 3; {THEORY}, Theorem 2",
-        claim=f"{BETWEEN}; exact local term, exact future KLs",
+        claim=f"{DISCOUNTED}; exact local term, exact future KLs",
         unbiased=False,
         gamma=0.9,
     ),
@@ -211,7 +211,7 @@ TOP_K_LEVEL = (
     _top_k(
         "topk_sampled_tail",
         f"{TOKEN}: the teacher's top {TOP_K} exactly, the rest by the sampled token",
-        "sum_{v in S} f(p, q), and 1[y not in S] l_t s_t",
+        "grad sum_{v in S} f(p, q) - 1[y not in S] l_t s_t",
         "corrects the tail of EMA-PG, arXiv 2602.04417",
         "topk_teacher",
         "sampled_tail",
@@ -220,7 +220,7 @@ TOP_K_LEVEL = (
     _top_k(
         "topk_generalised",
         f"{TRUNCATED}: the teacher's top {TOP_K} without the rest; 0 only where they agree on it",
-        "sum_{v in S} p log(p/q) - p + q",
+        "grad sum_{v in S} p log(p/q) - p + q",
         "MOPD, arXiv 2601.02780",
         "topk_teacher",
         "generalised",
@@ -228,7 +228,7 @@ TOP_K_LEVEL = (
     _top_k(
         "topk_renormalised",
         f"{TRUNCATED}: both laws renormalised on the teacher's top {TOP_K}; mass outside is not seen",
-        "KL(p(.|S) || q(.|S))",
+        "grad KL(p(.|S) || q(.|S))",
         f"{REVISITING}, eq. 6 to 8",
         "topk_teacher",
         "renormalise",
@@ -236,7 +236,7 @@ TOP_K_LEVEL = (
     _top_k(
         "topk_bucket",
         f"{TRUNCATED}, a lower bound: the student's top {TOP_K} and one bucket for the rest",
-        "KL of (S, rest)",
+        "grad KL of the laws of (v in S, rest)",
         "SDPO, arXiv 2601.20802",
         "topk_student",
         "bucket",
@@ -244,7 +244,7 @@ TOP_K_LEVEL = (
     _top_k(
         "topk_biased_head",
         f"{TRUNCATED}, for study: the un-renormalised head; its minimum puts p = q/e on S and drives the mass out",
-        "sum_{v in S} p log(p/q)",
+        "grad sum_{v in S} p log(p/q)",
         f"{REVISITING}, ablation without normalisation",
         "topk_teacher",
         "none",
@@ -252,7 +252,7 @@ TOP_K_LEVEL = (
     _top_k(
         "topk_biased_published_tail",
         f"{TRUNCATED} by grad p(S), for study: the un-renormalised head with the published sampled tail",
-        "sum_{v in S} p log(p/q), and 1[y not in S] l_t s_t",
+        "grad sum_{v in S} p log(p/q) - 1[y not in S] l_t s_t",
         "EMA-PG, arXiv 2602.04417",
         "topk_teacher",
         "sampled_tail_published",

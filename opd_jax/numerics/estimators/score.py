@@ -33,9 +33,9 @@ class Credited(Estimator, abc.ABC):
         """Advantages [B, T] before the baseline; rewards known before a token is drawn get the first weight, others the second."""
 
     def __post_init__(self):
-        for name, known in (("baseline", baselines.BASELINES), ("importance", importance.CORRECTIONS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"estimator.{name} = {getattr(self, name)!r} is not known; valid: {', '.join(known)}")
+        importance.check(self.importance, self.clip)
+        if self.baseline not in baselines.BASELINES:
+            raise ValueError(f"estimator.baseline = {self.baseline!r} is not known; valid: {', '.join(baselines.BASELINES)}")
 
     @property
     def looks_across(self) -> bool:
