@@ -151,7 +151,7 @@ def test_a_reference_is_not_compared_with_itself():
     """On its own rollouts and its own draws it differs by noise alone: null, and an interval that is not empty."""
     lab, reference = controlled(np.random.default_rng(10), 60)
     bias = lab.bias(1, reference)
-    assert bias.value is None and bias.high > 0.1
+    assert bias.value is None and bias.high > 0.5
 
 
 def test_ratios_and_exponents_are_paired():

@@ -191,6 +191,45 @@ def test_numbers_are_those_of_whole_gradients():
     assert names == ["token", "token_full", "local_to_go"]
 
 
+def rows_of(setting, names=("token", "to_go_leave_one_out")):
+    """The rows of a condition's first batch: (of the estimators, of the references), microbatches joined."""
+    (params, config), (teacher_params, teacher_config) = tiny_model(0, scale=4.0), tiny_model(1, scale=4.0)
+    subject = gradient_study.Subject(
+        lambda step: params, teacher_params, shadow.Models(config, teacher_config), prompts(), prompts(), (), parallel.make_mesh()
+    )
+    shadows = [Shadow(REGISTRY[name]) for name in names]
+    references = study_conditions.references_of([one.estimator for one in shadows])
+    sample = gradient_study._Sample(subject, setting, shadows, references, 32, PLAN)
+    pieces = list(sample._microbatches(0))
+    return [jax.tree.map(lambda *x: np.concatenate(x), *side) for side in zip(*pieces, strict=True)]
+
+
+def test_draws_are_of_the_law_of_their_purpose_and_shared_by_conditions():
+    own, independent = rows_of(Condition(6), ("token",))
+    hot, same = rows_of(Condition(6, temperature=3.0), ("token",))
+    longer, _ = rows_of(Condition(9), ("token",))
+    completions = lambda rows: rows.student.completion_BT
+    assert completions(own).shape == (16, 6) and completions(independent).shape == (32, 6)
+    np.testing.assert_array_equal(completions(independent), completions(same))  # references: the policy itself
+    np.testing.assert_array_equal(completions(own), completions(longer)[:, :6])  # lengths are paired
+    assert np.mean(completions(own) != completions(hot)) > 0.2
+    pairs = completions(independent).reshape(16, 2, 6)
+    assert np.mean(pairs[:, 0] != pairs[:, 1]) > 0.2 and np.mean(pairs[:, 0] != completions(own)) > 0.2
+    np.testing.assert_array_equal(independent.student.prompt_BS[::2], own.student.prompt_BS)
+
+
+def test_what_looks_across_rows_sees_the_batch_before_the_split():
+    """Groups of four rollouts side by side, over two microbatches; the baseline of a row is the mean of the other three's returns."""
+    own, _ = rows_of(Condition(6, group_size=4))
+    assert len(np.unique(own.student.prompt_BS.reshape(4, 4, -1)[:, 0], axis=0)) == 4
+    np.testing.assert_array_equal(own.contexts["1"].group_B, np.repeat(np.arange(4), 4))
+    assert own.contexts["0"].baseline_BT is None
+    baseline = own.contexts["1"].baseline_BT.reshape(4, 4, 6)
+    returns = baseline.sum(1, keepdims=True) - 3 * baseline  # of one length: each baseline leaves one out
+    np.testing.assert_allclose((returns.sum(1, keepdims=True) - returns) / 3, baseline, rtol=1e-3, atol=1e-3)
+    assert np.abs(baseline).max() > 0.1 and np.ptp(baseline, axis=1).max() > 0.1
+
+
 def test_conditions_are_the_base_and_one_change_each():
     base = Condition(8)
     found = study_conditions.conditions(base, lengths=(8, 16), group_sizes=(4,), temperatures=(0.5,), steps=(0, 10))
