@@ -110,6 +110,8 @@ def curves(swept: dict[str, list[Row]], field: str, name: str) -> matplotlib.fig
         axes.fill_between(at, *ends, color=plots.colour(number), alpha=0.15, linewidth=0)
     if field in ("T", "k", "group_size"):
         axes.set_xscale("log", base=2)
+        values = sorted({row[field] for rows in swept.values() for row in rows})
+        axes.set_xticks(values, [str(value) for value in values], minor=False)
     if name in LOGARITHMIC:
         axes.set_yscale("log", nonpositive="clip")
     axes.set_xlabel(SWEPT[field])

@@ -127,12 +127,15 @@ def _csv(rows: Sequence[Row]) -> str:
 # ---- for people
 
 
+def _number(value: float) -> str:
+    return number(value) if abs(value) < 1000 else f"{value:.3g}"
+
+
 def _cell(row: Row, name: str) -> str:
     value, low, high = row[name], row[f"{name}_low"], row[f"{name}_high"]
     if low is None:
-        return "" if value is None else number(value)
-    interval = f"[{number(low, value)}, {number(high, value)}]" if value is not None else f"[{number(low)}, {number(high)}]"
-    return f"{'not resolved' if value is None else number(value)} {interval}"
+        return "" if value is None else _number(value)
+    return f"{'not resolved' if value is None else _number(value)} [{_number(low)}, {_number(high)}]"
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
