@@ -135,20 +135,21 @@ def test_with_everything_exact_the_true_reward_rises_with_lambda():
         np.testing.assert_allclose(reward, next(r["reward"] for r in rows if (r["form"], r["lambda"]) == (form, 1)), atol=1e-12)
 
 
-def test_the_exact_fixed_point_is_the_reference_tilted_by_the_reward():
-    """With an exact teacher the unnormalised law is ref exp(lambda r): its mean reward, from the definition alone."""
+def test_unnormalised_fixed_points_by_their_definition():
+    """ref'^(1-lambda) (ref exp(r + e))^lambda over whole completions, its mean reward from the definition alone, with each error's size."""
     model = enumeration.make("tabular", vocab=3, length=2)
     rng = np.random.default_rng(7)
-    theta, _, reward_N, _ = (rng.normal(size=(3, *shape)) for shape in (*[model.theta_FV.shape] * 2, *[(9,)] * 2))
-    found = [row["reward"][0] for row in extrapolation.breaking(instances=3, length=2, seed=7) if row["case"] == "all exact"]
-    expected = []
-    for strength in extrapolation.STRENGTHS:
+    theta, noise, reward_N, error_N = (rng.normal(size=(3, *shape)) for shape in (*[model.theta_FV.shape] * 2, *[(9,)] * 2))
+    rows = [row for row in extrapolation.breaking(instances=3, length=2, seed=7) if row["form"] == "unnormalised"]
+    logp_N = lambda theta: np.asarray(model.log_probability(model.logits(jnp.asarray(theta))))
+    for row in rows:
         each = []
         for i in range(3):
-            weight_N = np.exp(model.log_probability(model.logits(jnp.asarray(theta[i]))) + strength * reward_N[i])
-            each.append(float(weight_N @ reward_N[i] / weight_N.sum()))
-        expected.append(np.mean(each))
-    np.testing.assert_allclose(found[len(extrapolation.STRENGTHS) :], expected, atol=1e-12)
+            believed_N = reward_N[i] + (row["error"] * error_N[i] if row["case"] == "teacher with errors" else 0)
+            assumed_N = logp_N(theta[i] + (row["error"] * noise[i] if row["case"] == "wrong reference" else 0))
+            weight_N = np.exp(row["lambda"] * (logp_N(theta[i]) + believed_N) + (1 - row["lambda"]) * assumed_N)
+            each.append(weight_N @ reward_N[i] / weight_N.sum())
+        assert row["reward"][0] == pytest.approx(np.mean(each), abs=1e-12), row
 
 
 def test_verdicts_on_rows_made_by_hand():
