@@ -2,7 +2,7 @@
 
 python experiments/toy_study.py --workdir=DIR [--quick] [--novariations] [--iterations=N]
 
-Writes tables, curves and figures; see opd_jax/analysis/toy/study.py. On 2 cores in float32: FILL; --quick FILL.
+Writes tables, curves and figures (opd_jax/analysis/toy/study.py says which), and prints how long each part took.
 """
 
 import pathlib

@@ -49,7 +49,7 @@ def variance(stem: pathlib.Path, variance_GSI: np.ndarray, gammas: Sequence[floa
         finite = variance_GSI[np.isfinite(variance_GSI) & (variance_GSI > 0)]
         low, high = (np.log10(finite.min()), np.log10(finite.max())) if finite.size else (0, 1)
         axes[0, 0].set(yscale="log", ylim=(10 ** (low - 0.2), 10 ** (high + 0.2)), ylabel="gradient variance, output layer")
-        axes[0, 1].legend()
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
         _save(figure, stem)
 
 
@@ -106,5 +106,5 @@ def exact(stem: pathlib.Path, rows: Sequence[dict], batch: int, *, title: str) -
                 axis.plot(gammas, 10 ** logs.mean(1), color=colour, marker="o", markersize=3, label=f"iteration {point}")
         for axis, name in zip(axes[0], names, strict=True):
             axis.set(yscale="log", title=name, xlabel="γ")
-        axes[0, 1].legend(fontsize=8)
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
         _save(figure, stem)
