@@ -346,9 +346,10 @@ def test_claims_count_the_cases_that_hold():
     near, wide = [0.2, 0.5, 1.0, 1.5, 3.0], [1, 1, 2, 1, 1]
     assert claims(rising, rising, np.multiply(rising, 20), near, wide) == [4, 8, 20, 4, 4, 4, 4]
     flat = [1, 1, 1, 1, 1]
-    assert claims(rising, flat, np.multiply(flat, 5), near[::-1], flat) == [0, 4, 0, 0, 4, 0, 0]
+    assert claims(rising, flat, np.multiply(flat, 5), near[::-1], flat) == [0, 4, 0, 0, 4, 0, 0]  # gamma 1 may be near where gamma 0 is not
     diverged = [1, 2, 10, 300, np.inf]
     assert claims(diverged, diverged, diverged, [0, 0, 0, 0, np.nan], wide)[-1] == 4  # who diverged did not settle at the target
+    assert claims(rising, rising, rising, np.full(5, np.nan), wide)[3:] == [0, 0, 0, 0]  # where all do, nothing is said of gamma 1
     of = results.claims(TINY, *(np.ones((3, 2, 2)) for _ in range(5)))
     assert [claim["of"] for claim in of] == [4, 8, 12, 4, 4, 4, 4]
     assert "gamma 0 to 1" in of[1]["published"] and "gamma = 0.5" in of[4]["published"]
@@ -392,6 +393,11 @@ def test_published_settings_are_the_papers_and_the_rest_is_said_to_be_ours():
 
 def test_a_table_is_markdown():
     assert tables.table(["a", "b"], [[1, "x|y"]]) == "| a | b |\n| --- | --- |\n| 1 | x\\|y |"
+
+
+def test_a_point_of_a_curve_is_a_median_that_single_zeros_do_not_break():
+    values = np.array([[1.0, 0.0, 3.0, 0.0, 0.0, 5.0, 2.0, np.inf, 2.0]])
+    np.testing.assert_array_equal(plots_toy.medians(values, 3), [[1.0, np.nan, np.nan]])
 
 
 def test_curves_end_where_a_seed_diverges(tmp_path):

@@ -7,7 +7,7 @@ import matplotlib
 import matplotlib.figure
 import numpy as np
 
-BLOCKS = 100  # of iterations, whose geometric mean is one point of a curve
+BLOCKS = 100  # of iterations, whose median is one point of a curve
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "svg.hashsalt": "opd_jax"}
 
 
@@ -26,6 +26,16 @@ def _figure(rows: int, columns: int, width: float, height: float, **shared):
     return figure, figure.subplots(rows, columns, squeeze=False, **shared)
 
 
+def medians(values_SI: np.ndarray, blocks: int) -> np.ndarray:
+    """Medians of so many blocks of iterations, [seeds, blocks]; NaN where a value is not finite, and for 0, which no log axis shows.
+
+    Single zeros are common on the chain: all trajectories of a batch may be the same one, and with them all gradients.
+    """
+    pieces = np.array_split(np.where(np.isfinite(values_SI), values_SI, np.nan), blocks, axis=-1)
+    found_SX = np.stack([np.median(piece, axis=-1) for piece in pieces], axis=-1)
+    return np.where(found_SX > 0, found_SX, np.nan)
+
+
 def variance(stem: pathlib.Path, variance_GSI: np.ndarray, gammas: Sequence[float], *, title: str) -> None:
     """Gradient variance against iteration on a log axis, one panel per task: geometric mean over seeds, from the least to the largest seed.
 
@@ -40,8 +50,7 @@ def variance(stem: pathlib.Path, variance_GSI: np.ndarray, gammas: Sequence[floa
             blocks = min(BLOCKS, len(iterations))
             x = [piece.mean() for piece in np.array_split(iterations, blocks)]
             for values_SI, gamma, colour in zip(variance_GSI[..., task::2], gammas, _colours(len(gammas)), strict=True):
-                logs_SI = np.log10(np.where(np.isfinite(values_SI) & (values_SI > 0), values_SI, np.nan))
-                y_SX = np.stack([piece.mean(-1) for piece in np.array_split(logs_SI, blocks, axis=-1)], axis=-1)
+                y_SX = np.log10(medians(values_SI, blocks))
                 axis.plot(x, 10 ** y_SX.mean(0), color=colour, linewidth=1.3, label=f"γ = {gamma:g}")
                 axis.fill_between(x, 10 ** y_SX.min(0), 10 ** y_SX.max(0), color=colour, alpha=0.2, linewidth=0)
             axis.set(title=f"{name} task", xlabel="iteration")
@@ -64,7 +73,8 @@ def visits(
 ) -> None:
     """Heat maps of time x position, a column per title and a row per seed: sqrt of the share of visits, divided by the panel's largest.
 
-    Dotted lines are the targets."""
+    Dotted lines are the targets.
+    """
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(len(seeds), len(visits_STX), 2.3, 1.9, sharex=True, sharey=True)
         figure.suptitle(title, fontsize=9)

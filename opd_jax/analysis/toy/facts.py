@@ -120,8 +120,11 @@ def at_law(model: Enumerable, law_N: jax.Array) -> Enumerable:
 # ---- behaviour corrections
 
 
-def ratios(model: Enumerable, behaviour_NTV: jax.Array) -> dict[str, jax.Array | None]:
-    """Weights [N, T] of each token: none, token rho_t, before rho_{<t}, through rho_{<=t}, sequence rho_{<=T}; rho = pi / behaviour."""
+WEIGHTS = ("none", "token", "before", "through", "sequence")
+
+
+def ratios(model: Enumerable, behaviour_NTV: jax.Array) -> dict[str, jax.Array]:
+    """WEIGHTS [N, T] of each token: 1, rho_t, rho_{<t}, rho_{<=t}, and rho_{<=T} of the whole completion; rho = pi / behaviour."""
     log_NT = _chosen(model.logits(model.theta_FV), model) - _chosen(behaviour_NTV, model)
     through_NT = jnp.cumsum(log_NT, axis=1)
     logs = {"none": jnp.zeros_like(log_NT), "token": log_NT, "before": through_NT - log_NT, "through": through_NT}
@@ -140,11 +143,8 @@ def off_policy(model: Enumerable, behaviour_NTV: jax.Array) -> list[dict]:
     sampled token needs rho_{<=t}; rewards to go reach to the end and need the ratio of the sequence. The token ratio rho_t corrects none.
     """
     found = jax.jit(lambda theta: _biases(_with(model, theta), behaviour_NTV))(model.theta_FV)
-    return [
-        {"term": term, "weight": name, "bias": float(bias), "variance": float(variance)}
-        for term, weights in found.items()
-        for name, (bias, variance) in weights.items()
-    ]
+    places = [(term, name) for term in TERMS for name in WEIGHTS]
+    return [{"term": t, "weight": w, "bias": float(found[t][w][0]), "variance": float(found[t][w][1])} for t, w in places]
 
 
 def _biases(model: Enumerable, behaviour_NTV: jax.Array) -> dict[str, dict[str, tuple[jax.Array, jax.Array]]]:
@@ -157,11 +157,11 @@ def _biases(model: Enumerable, behaviour_NTV: jax.Array) -> dict[str, dict[str, 
         return jnp.linalg.norm(mean - exact) / jnp.linalg.norm(exact), variance
 
     weights = ratios(model, behaviour_NTV)
-    stacked = jnp.stack(list(weights.values()))
+    stacked = jnp.stack([weights[name] for name in WEIGHTS])
     found = {}
     for term, target in TERMS.items():
-        pairs = jax.vmap(functools.partial(measure, term, model.exact_gradient(target)))(stacked)
-        found[term] = {name: (pairs[0][i], pairs[1][i]) for i, name in enumerate(weights)}
+        bias, variance = jax.vmap(functools.partial(measure, term, model.exact_gradient(target)))(stacked)
+        found[term] = {name: (bias[i], variance[i]) for i, name in enumerate(WEIGHTS)}
     return found
 
 
