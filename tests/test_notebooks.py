@@ -76,6 +76,11 @@ def executed(folder):
     """
     notebook = read(ROOT / "colab" / "01_quickstart.ipynb")
     notebook.cells.append(nbformat.v4.new_code_cell(HOSTILE))
+    return execute(notebook, folder)
+
+
+def execute(notebook, folder):
+    """Runs the cells in tiny mode from the root; an exception in a cell is an error here."""
     before = {path: path.stat().st_mtime_ns for path in ROOT.iterdir() if not path.name.startswith(".")}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"OPD_JAX_TINY": "1", "JAX_PLATFORMS": "cpu", "TMPDIR": str(folder)}.items():
@@ -134,3 +139,31 @@ def test_the_curves_and_the_coloured_samples_are_there(executed):
             if min(float(student), float(teacher)) > 0.02:
                 assert float(ratio) == pytest.approx(math.log(float(teacher) / float(student)), abs=0.06)
     assert "<script" not in pages[2] and pages[2].count("&lt;script&gt;alert(1)&lt;/script&gt;&amp;") >= 6
+
+
+@pytest.mark.slow
+def test_the_notebook_of_estimators_shows_claims_that_hold(tmp_path):
+    """Exact tables: what is unbiased to rounding, traps, weights; then tables of samples, and figures."""
+    notebook = execute(read(ROOT / "colab" / "02_estimators.ipynb"), tmp_path)
+    assert not [output for cell in code(notebook) for output in cell.outputs if output.output_type == "error"]
+    text = printed(notebook)
+    exact = re.findall(r"^(\w+) +(sequence_reverse_kl|token_reverse_kl) +([\d.e+-]+) +([\d.e+-]+) +([\d.]+)$", text, re.MULTILINE)
+    rows = {name: [float(number) for number in numbers] for name, _, *numbers in exact}
+    assert set(rows) == {"sequence", "to_go", "rao_blackwell_to_go", "rao_blackwell_to_go_kl_baseline", "local_to_go", "discounted"} | {
+        "token",
+        "token_full",
+    }
+    assert all(bias < 1e-6 for name, (bias, _, _) in rows.items() if name != "discounted") and rows["discounted"][0] > 1e-3
+    assert rows["token"][1] == pytest.approx(rows["token_full"][1]) and rows["token"][1] > 1e-3
+    assert rows["sequence"][2] > rows["to_go"][2] > rows["rao_blackwell_to_go"][2] > rows["token_full"][2]
+    traps = dict(re.findall(r"^(k\d_\w+) +norm ([\d.]+),", text, re.MULTILINE))
+    assert float(traps["k1_loss"]) == 0 < float(traps["k2_loss"])
+    assert re.search(r"^k2_loss .* 0\.000 from token_reverse_kl", text, re.MULTILINE)
+    assert re.search(r"^k3_loss .* 0\.000 from token_forward_kl", text, re.MULTILINE)
+    assert re.search(r"^intervals of the variance that hold the exact value: [4-8] of 8$", text, re.MULTILINE)
+    errors = re.findall(r"^(temperature|top-p) [\d.]+ +importance=(\w+) +error of the mean ([\d.]+) of", text, re.MULTILINE)
+    assert len(errors) == 8
+    assert {float(e) == 0 for law, kind, e in errors if law == "temperature" and kind in ("cumulative", "sequence")} == {True}
+    assert {float(e) > 0.01 for law, kind, e in errors if law == "top-p" or kind in ("none", "token")} == {True}
+    assert "token_kl_baseline" in text and "references: [" in text
+    assert len(outputs(notebook, "image/png")) == 2
