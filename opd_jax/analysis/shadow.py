@@ -102,7 +102,7 @@ def make_projection(params: Any, *, width: int, exact_parameters: int, seed: int
     return Projection(groups, tuple(map(groups.index, names)), sizes, width, sum(sizes) <= exact_parameters, seed)
 
 
-def count_sketch(x_N: jax.Array, width: int, seed: int) -> jax.Array:
+def count_sketch(x_N: jax.Array, width: int, seed: int | jax.Array) -> jax.Array:
     """[R] sums of x with random signs, each number in one of them: <sketch x, sketch y> has the mean <x, y> over seeds.
 
     Numbers less than R apart never share a sum, others do with chance 1/R: the standard error of |x|^2 is at most sqrt(2 / R) |x|^2.
@@ -110,7 +110,7 @@ def count_sketch(x_N: jax.Array, width: int, seed: int) -> jax.Array:
     """
     rows = -(-x_N.size // width)
     # Behind a barrier, so that the compiler does not fold signs of the size of the model into the program.
-    seed = jax.lax.optimization_barrier(_mix(jnp.uint32(seed % 2**32) + jnp.uint32(0x9E3779B9)))
+    seed = jax.lax.optimization_barrier(_mix(jnp.asarray(seed, jnp.uint32) + jnp.uint32(0x9E3779B9)))
     index_N = jnp.arange(rows * width, dtype=jnp.uint32)
     sign_N = 1 - 2 * (_mix(index_N ^ seed) >> 31).astype(x_N.dtype)
     row_N, column_N = index_N // width, index_N % width
