@@ -16,6 +16,7 @@ from opd_jax.analysis import (
     enumeration,
     gradient_stats,
     gradient_study,
+    plots_study,
     shadow,
     study_conditions,
     study_cost,
@@ -213,6 +214,7 @@ def test_draws_are_of_the_law_of_their_purpose_and_shared_by_conditions():
     assert np.mean(completions(own) != completions(hot)) > 0.2
     pairs = completions(independent).reshape(16, 2, 6)
     assert np.mean(pairs[:, 0] != pairs[:, 1]) > 0.2 and np.mean(pairs[:, 0] != completions(own)) > 0.2
+    assert np.any(pairs[0, 0] != completions(own)[0])  # the same prompt and the same id
     np.testing.assert_array_equal(independent.student.prompt_BS[::2], own.student.prompt_BS)
 
 
@@ -247,7 +249,9 @@ def test_variants_change_gamma_and_k_where_there_is_one():
     ]
 
 
-def test_references_are_unbiased_and_sum_over_the_vocabulary():
+@pytest.mark.parametrize("order", [list, reversed])
+def test_references_are_unbiased_and_sum_over_the_vocabulary(order, monkeypatch):
+    monkeypatch.setattr(study_conditions, "REGISTRY", dict(order(list(REGISTRY.items()))))
     found = study_conditions.references_of(list(REGISTRY.values()))
     assert set(found) == {e.target for e in REGISTRY.values()}
     assert found["token_reverse_kl"].name == "token_full" and found["sequence_reverse_kl"].name == "local_to_go"
@@ -316,6 +320,16 @@ def test_nothing_to_measure_is_null():
     (row,) = gradient_study.enumerated(model, ["token_full"], rollouts=32, resamples=100)
     assert row["variance"] == pytest.approx(0, abs=1e-20) and row["bias"] is None and row["cosine"] is None
     json.dumps(row, allow_nan=False)
+
+
+def test_figures_take_rows_that_differ_in_their_field_alone():
+    row = lambda name, **changes: {"name": name, **Condition(4).keys(None)} | changes
+    rows = [row("token"), row("discounted", gamma=0.9), row("discounted", gamma=0.0), row("token", T=2), row("discounted", T=2, gamma=0.9)]
+    rows += [row("token", temperature=0.5), row("discounted", temperature=0.5, gamma=0.9)]
+    assert plots_study.base_rows(rows) == rows[:2]
+    assert plots_study.sweep(rows, "T") == {"token": [rows[3], rows[0]], "discounted": [rows[4], rows[1]]}
+    assert plots_study.sweep(rows, "gamma") == {"discounted": [rows[2], rows[1]]}
+    assert plots_study.sweep(rows, "top_p") == {} and list(plots_study.sweep(rows[5:], "T")) == []
 
 
 # ---- the script
