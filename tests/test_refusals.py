@@ -185,7 +185,7 @@ def test_nothing_is_unpickled_or_evaluated():
     sources = [path for folder in ("opd_jax", "experiments", "configs") for path in sorted((ROOT / folder).rglob("*.py"))]
     found = {path.relative_to(ROOT).as_posix(): unsafe(path.read_text()) for path in sources}
     assert {path: names for path, names in found.items() if names} == {
-        "opd_jax/train.py": ["spec.loader.exec_module"],
+        "opd_jax/config/loading.py": ["spec.loader.exec_module"],
         "opd_jax/environments/inside.py": ["exec", "compile"],
     }
     wrong = "import pickle as p\nfrom dill import load\neval('1')\nnp.load(f, allow_pickle=True)\ntorch.load(f)\nx(trust_remote_code=yes)"

@@ -59,7 +59,7 @@ def test_lambda_1_is_plain_distillation_for_any_reference():
     model = enumeration.make("stop token", **cases.MODELS["stop token"])
     reference = moved(model, 3).logits(moved(model, 3).theta_FV)
     for credit in ("token", "to_go"):
-        plain = compiled(model, lambda m, c=credit: m.expected_gradient(REGISTRY[c]))
+        plain = model.expected_gradient(REGISTRY[credit])
         for normalise in (True, False):
             np.testing.assert_allclose(gradient(model, reference, 1.0, credit, normalise), plain, atol=1e-12)
 
@@ -211,7 +211,7 @@ def test_on_policy_all_ratios_are_one():
     assert max(row["bias"] for row in rows) < 1e-12
     variance = {row["term"]: row["variance"] for row in rows if row["weight"] == "none"}
     for term, name in (("local", "token_full"), ("token", "token"), ("to_go", "to_go")):
-        assert variance[term] == pytest.approx(float(compiled(model, lambda m, n=name: m.trace_covariance(REGISTRY[n]))), rel=1e-10)
+        assert variance[term] == pytest.approx(float(model.trace_covariance(REGISTRY[name])), rel=1e-10)
 
 
 def test_ratios_by_hand():

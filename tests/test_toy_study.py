@@ -422,8 +422,8 @@ def written(tmp_path_factory):
 def test_the_study_writes_numbers_curves_figures_and_tables(written):
     out, found, said = written
     told = json.loads((out / "toy_study.json").read_text())
-    assert set(told) == {"settings", "gaussian", "chain", "facts", "time/seconds"} and len(said) == 5
-    assert {k: v for k, v in told.items() if k != "time/seconds"} == json.loads(json.dumps(found))
+    assert set(told) == {"settings", "gaussian", "chain", "facts", "seconds"} and len(said) == 5
+    assert {k: v for k, v in told.items() if k != "seconds"} == json.loads(json.dumps(found))
     stems = [name for one in (*told["gaussian"].values(), told["chain"]) for name in one["figures"]] + ["chain_exact"]
     assert len(set(stems)) == 7
     for stem in stems:

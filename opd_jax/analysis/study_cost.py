@@ -92,4 +92,4 @@ class Cost:
 
     def spent(self) -> dict[str, Any]:
         """The counts, what was estimated and what it took."""
-        return self.counts | {"time/estimated_seconds": self._estimated, "time/seconds": time.monotonic() - self._begun}
+        return self.counts | {"estimated_seconds": self._estimated, "seconds": time.monotonic() - self._begun}

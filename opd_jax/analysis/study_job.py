@@ -71,7 +71,7 @@ def _enumerable(config: Config, workdir, shadows, settings, plan) -> study_table
         found, laboratory = study_enumerated.measured(model, here, group_size=setting.group_size, **sizes)
         laboratories.append((setting, here, laboratory))
         rows, pairs = rows + found, pairs + study_tables.neighbours(laboratory, here, setting)
-    cost = {"conditions": len(settings), "rollouts": len(settings) * config.study.rollouts, "time/seconds": time.monotonic() - started}
+    cost = {"conditions": len(settings), "rollouts": len(settings) * config.study.rollouts, "seconds": time.monotonic() - started}
     return study_tables.Result(rows, pairs, study_tables.growth_of(laboratories), cost)
 
 

@@ -55,7 +55,7 @@ def run(out: pathlib.Path, settings: Settings, variations: dict[str, dict], *, s
     plots_toy.exact(out / "chain_exact", found["chain"]["exact"], settings.batch, title=title)
     np.savez_compressed(out / "toy_study_curves.npz", **curves)
     (out / "toy_study.md").write_text(tables.page(found), encoding="utf-8")
-    (out / "toy_study.json").write_text(json.dumps(found | {"time/seconds": seconds}, indent=1, allow_nan=False), encoding="utf-8")
+    (out / "toy_study.json").write_text(json.dumps(found | {"seconds": seconds}, indent=1, allow_nan=False), encoding="utf-8")
     return found
 
 
