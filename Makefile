@@ -31,7 +31,7 @@ quickstart: .venv/installed
 	$(BIN)/python experiments/train.py --config=$(QUICKSTART):sft --workdir=runs/quickstart_sft
 	$(BIN)/python experiments/report.py --workdir=runs/quickstart,runs/quickstart_seqkd,runs/quickstart_sft --out=runs/quickstart/report.html
 
-# Every figure and table of the README's section on estimators. ARGS=--quick: in minutes; ARGS=--teacher=DIR: with a language model.
+# Figures and tables of the README's section on estimators. ARGS=--quick: in minutes; ARGS=--teacher=DIR: with a language model.
 study: .venv/installed
 	$(BIN)/python experiments/claims.py
 	$(BIN)/python experiments/study.py $(ARGS)

@@ -140,3 +140,4 @@ def test_the_ends_of_what_is_read_make_a_page(run):
 def test_notes_that_are_nested_too_deeply_are_none(run):
     (run / "environment.json").write_text('{"sessions":' + "[" * 100_000 + "]" * 100_000 + "}")
     report.write([run], run / "r.html")
+    assert run.name in (run / "r.html").read_text(encoding="utf-8")
