@@ -6,6 +6,7 @@ from typing import Any
 
 import matplotlib
 import matplotlib.figure
+import matplotlib.ticker
 
 from opd_jax.analysis import plots
 
@@ -73,6 +74,10 @@ def intervals(rows: Sequence[Row], name: str) -> matplotlib.figure.Figure:
             axes.plot([value], [number], "o", color=plots.colour(0), markersize=4)
     if name in LOGARITHMIC and any(row[name] is not None for row in rows):
         axes.set_xscale("log", nonpositive="clip")
+        # Within a decade the default labels every digit, one over the other.
+        axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1.0, 3.0)))
+        axes.xaxis.set_major_formatter(matplotlib.ticker.LogFormatterSciNotation())
+        axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes.invert_yaxis()
     axes.set_title(QUANTITIES[name], fontsize=9, loc="left")
