@@ -26,6 +26,10 @@ class Head:
     softcap: float | None = None
     valid_V: jax.Array | None = None
 
+    def window(self, start, size: int) -> "Head":
+        """The head of positions [start, start + size)."""
+        return dataclasses.replace(self, hidden_BTD=positions(self.hidden_BTD, start, size))
+
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["logits_BTV", "valid_V"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +38,10 @@ class DenseHead:
 
     logits_BTV: jax.Array
     valid_V: jax.Array | None = None
+
+    def window(self, start, size: int) -> "DenseHead":
+        """The head of positions [start, start + size)."""
+        return dataclasses.replace(self, logits_BTV=positions(self.logits_BTV, start, size))
 
 
 def topk(head: Head | DenseHead, *, k: int, tile: int | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -98,17 +106,15 @@ def over_tiles(function, carry, inputs, length: int, tile: int):
     return carry, whole
 
 
+def positions(x: jax.Array, start, size: int, axis: int = 1) -> jax.Array:
+    """Positions [start, start + size) of an array with a T axis."""
+    return jax.lax.dynamic_slice_in_dim(x, start, size, axis=axis)
+
+
 def _window(inputs, start, size: int):
-    """Positions [start, start + size) of everything that has a T axis; unembedding and valid rows are shared by all tiles."""
-
-    def cut(x):
-        if isinstance(x, Head):
-            return dataclasses.replace(x, hidden_BTD=cut(x.hidden_BTD))
-        if isinstance(x, DenseHead):
-            return dataclasses.replace(x, logits_BTV=cut(x.logits_BTV))
-        return jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
-
-    return jax.tree.map(cut, inputs, is_leaf=lambda x: isinstance(x, Head | DenseHead))
+    """Positions [start, start + size) of everything; what has more than per-token arrays [B, T, ...] cuts itself."""
+    cuts_itself = lambda x: hasattr(x, "window")
+    return jax.tree.map(lambda x: x.window(start, size) if cuts_itself(x) else positions(x, start, size), inputs, is_leaf=cuts_itself)
 
 
 # ---- vocabularies
@@ -119,15 +125,8 @@ def vocabulary(head: Head | DenseHead) -> int:
     return (head.logits_BTV if isinstance(head, DenseHead) else head.unembed_DV).shape[-1]
 
 
-def share_vocabulary(student, teacher):
-    """Cuts both heads to the rows that both have; a teacher of None stays None."""
-    if teacher is None:
-        return student, None
-    common = min(vocabulary(student), vocabulary(teacher))
-    return _first_rows(student, common), _first_rows(teacher, common)
-
-
-def _first_rows(head, rows: int):
+def first_rows(head: Head | DenseHead, rows: int):
+    """The head on the first rows of its vocabulary."""
     if vocabulary(head) == rows:
         return head
     valid_V = None if head.valid_V is None else head.valid_V[:rows]

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
-from opd_jax.numerics import entries, heads, supports
+from opd_jax.numerics import entries, heads, supports, targets
 from opd_jax.numerics.heads import TILE_BYTES, DenseHead, Head, pick, topk
 from opd_jax.numerics.signals import SUPPORTS, TAILS, Signal
+from opd_jax.numerics.targets import AnyTarget, SparseTarget, Target, TokenTarget
 
 __all__ = [
     "STATISTICS",
@@ -25,24 +26,15 @@ __all__ = [
     "DenseHead",
     "Head",
     "Signal",
+    "SparseTarget",
     "Stats",
     "Target",
+    "TokenTarget",
     "token_stats",
     "topk",
 ]
 
 _DIFFERENTIABLE = ("logp", "local", "extra_logp")
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["heads"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """What the student is compared with: the law of one teacher."""
-
-    heads: tuple[Head | DenseHead, ...]
-
-    def __post_init__(self):
-        assert len(self.heads) == 1, "a target has one head"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +71,7 @@ jax.tree_util.register_dataclass(Stats, data_fields=list(_FIELDS.values()), meta
 
 def token_stats(
     student: Head | DenseHead,
-    target: Target | None,
+    target: AnyTarget | None,
     tokens_BT: jax.Array,
     *,
     signal: Signal,
@@ -92,7 +84,7 @@ def token_stats(
     `needs` names what is wanted, from STATISTICS, and nothing else is computed; `tile` is the number of positions made at once (None: as
     many as fit TILE_BYTES). Heads may differ in width and in padded vocabulary rows; rows beyond the smaller vocabulary have no mass.
     `target` may be None when neither the signal nor `needs` compares with one. Arithmetic is float32, or float64 for float64 heads.
-    Raises ValueError for `overlap` without a top-k signal.
+    Raises ValueError for `overlap` without a top-k signal, and for what a target that is known in part cannot tell.
     """
     wanted = tuple(name for name in STATISTICS if name in needs)
     assert set(wanted) == set(needs), f"unknown statistics {set(needs) - set(wanted)}"
@@ -101,11 +93,11 @@ def token_stats(
     assert extra_tokens_BTN is not None or not _OF_EXTRA & set(needs), "extra log-probs need extra_tokens_BTN"
     if "overlap" in needs and not signal.is_topk:
         raise ValueError(f"the statistic 'overlap' needs a top-k support, signal.support = {signal.support!r} has no k")
-    teacher = jax.lax.stop_gradient(target.heads[0]) if target is not None else None
-    student, teacher = heads.share_vocabulary(student, teacher)
+    targets.check(target, signal, needs)
+    student, target = targets.share_vocabulary(student, jax.lax.stop_gradient(target))
     tile = tile or heads.fitting_tile(*tokens_BT.shape, heads.vocabulary(student))
     tokens = (tokens_BT, extra_tokens_BTN)
-    values = _statistics(student, teacher, tokens, signal, wanted, min(tile, tokens_BT.shape[1]))
+    values = _statistics(student, target, tokens, signal, wanted, min(tile, tokens_BT.shape[1]))
     named = zip(wanted, values, strict=True)
     return Stats(**{_FIELDS[name]: value if name in _DIFFERENTIABLE else jax.lax.stop_gradient(value) for name, value in named})
 
@@ -113,10 +105,10 @@ def token_stats(
 # ---- one tile
 
 
-def _tile_values(student, teacher, tokens, signal: Signal, wanted: tuple[str, ...]) -> list[jax.Array]:
+def _tile_values(student, target, tokens, signal: Signal, wanted: tuple[str, ...]) -> list[jax.Array]:
     tokens_BT, extra_BTN = tokens
     logp = heads.log_softmax(heads.logits(student, signal.student_temperature))
-    logq = heads.log_softmax(heads.logits(teacher, signal.teacher_temperature)) if teacher is not None else None
+    logq = targets.log_law(target, tokens_BT, logp.shape[-1], signal) if target is not None else None
     make = {
         "logp": lambda: pick(logp, tokens_BT),
         "local": lambda: supports.local(logp, logq, tokens_BT, signal)[0],
@@ -151,7 +143,7 @@ def _optimal_baseline(logp: jax.Array, logq: jax.Array) -> jax.Array:
     return jnp.where(total > 0, jnp.sum(weight * log_ratio, axis=-1) / jnp.where(total > 0, total, 1), 0)
 
 
-def _tile_logit_gradient(student, teacher, tokens, cotangents: dict[str, jax.Array], signal: Signal) -> jax.Array:
+def _tile_logit_gradient(student, target, tokens, cotangents: dict[str, jax.Array], signal: Signal) -> jax.Array:
     """Gradient over hidden @ unembed (or over the dense logits) of one tile, [B, t, V]."""
     tokens_BT, extra_BTN = tokens
     logp = heads.log_softmax(heads.logits(student, signal.student_temperature))
@@ -164,7 +156,7 @@ def _tile_logit_gradient(student, teacher, tokens, cotangents: dict[str, jax.Arr
         add = jax.vmap(jax.vmap(lambda row_V, ids_N, values_N: row_V.at[ids_N].add(values_N)))
         gradient = add(gradient, extra_BTN, cotangent_BTN) - jnp.sum(cotangent_BTN, axis=-1, keepdims=True) * jnp.exp(logp)
     if "local" in cotangents:
-        logq = heads.log_softmax(heads.logits(teacher, signal.teacher_temperature)) if teacher is not None else None
+        logq = targets.log_law(target, tokens_BT, logp.shape[-1], signal) if target is not None else None
         cotangent_BT1 = cotangents["local"][..., None]
         # A masked token's loss may be infinite: it must not reach the gradient as 0 * inf.
         gradient += jnp.where(cotangent_BT1 != 0, cotangent_BT1 * supports.local(logp, logq, tokens_BT, signal)[1], 0)
@@ -179,35 +171,35 @@ def _tile_logit_gradient(student, teacher, tokens, cotangents: dict[str, jax.Arr
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _statistics(student, teacher, tokens, signal: Signal, wanted: tuple[str, ...], tile: int) -> list[jax.Array]:
+def _statistics(student, target, tokens, signal: Signal, wanted: tuple[str, ...], tile: int) -> list[jax.Array]:
     def one(_, inputs):
         return None, _tile_values(*inputs, signal, wanted)
 
-    return heads.over_tiles(one, None, (student, teacher, tokens), tokens[0].shape[1], tile)[1]
+    return heads.over_tiles(one, None, (student, target, tokens), tokens[0].shape[1], tile)[1]
 
 
-def _statistics_forward(student, teacher, tokens, signal, wanted, tile):
-    inputs = jax.tree.map(lambda x: x.value, (student, teacher, tokens), is_leaf=lambda x: isinstance(x, CustomVJPPrimal))
+def _statistics_forward(student, target, tokens, signal, wanted, tile):
+    inputs = jax.tree.map(lambda x: x.value, (student, target, tokens), is_leaf=lambda x: isinstance(x, CustomVJPPrimal))
     return _statistics(*inputs, signal, wanted, tile), inputs
 
 
 def _statistics_backward(signal, wanted, tile, residuals, cotangents):
-    student, teacher, tokens = residuals
+    student, target, tokens = residuals
     # Zeros that jax knows of, such as those of a statistic that only metrics read, cost no work over the vocabulary.
     used = {n: c for n, c in zip(wanted, cotangents, strict=True) if n in _DIFFERENTIABLE and not isinstance(c, SymbolicZero)}
     backward = _dense_gradient if isinstance(student, DenseHead) else _head_gradient
-    return backward(student, teacher, tokens, used, signal, tile), None, None
+    return backward(student, target, tokens, used, signal, tile), None, None
 
 
-def _dense_gradient(student: DenseHead, teacher, tokens, cotangents, signal: Signal, tile: int) -> DenseHead:
+def _dense_gradient(student: DenseHead, target, tokens, cotangents, signal: Signal, tile: int) -> DenseHead:
     def one(_, inputs):
         return None, _tile_logit_gradient(*inputs, signal).astype(student.logits_BTV.dtype)
 
-    inputs = (student, teacher, tokens, cotangents)
+    inputs = (student, target, tokens, cotangents)
     return DenseHead(heads.over_tiles(one, None, inputs, tokens[0].shape[1], tile)[1], None)
 
 
-def _head_gradient(student: Head, teacher, tokens, cotangents, signal: Signal, tile: int) -> Head:
+def _head_gradient(student: Head, target, tokens, cotangents, signal: Signal, tile: int) -> Head:
     """Gradients over hidden states and unembedding; the latter is summed over tiles in float32."""
     accumulate = jnp.promote_types(student.hidden_BTD.dtype, jnp.float32)
 
@@ -219,7 +211,7 @@ def _head_gradient(student: Head, teacher, tokens, cotangents, signal: Signal, t
         return total_DV, hidden.astype(head.hidden_BTD.dtype)
 
     total_DV = jnp.zeros(student.unembed_DV.shape, accumulate)
-    inputs = (student, teacher, tokens, cotangents)
+    inputs = (student, target, tokens, cotangents)
     total_DV, hidden_BTD = heads.over_tiles(one, total_DV, inputs, tokens[0].shape[1], tile)
     return Head(hidden_BTD, total_DV.astype(student.unembed_DV.dtype), student.softcap, None)
 
