@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd_jax.data import tasks
-from opd_jax.data.tasks import Example, arithmetic, jsonl
+from opd_jax.data.tasks import Example, Verdict, arithmetic, jsonl
 from opd_jax.types import UserError
 
 
@@ -39,6 +39,16 @@ def test_arithmetic_solutions_verify_and_perturbed_ones_do_not():
                 assert verdict.reward == 0.0 and f"value {place + 1} is" in verdict.feedback
             assert task.verify(example, example.solution[:-1]).reward == 0.0
             assert task.verify(example, example.solution + "0").reward == 0.0
+
+
+def test_arithmetic_tells_a_wrong_format_from_a_wrong_value():
+    task, example = make(level=3), Example(0, "314=", "304", "304")
+    assert task.verify(example, "3x4") == Verdict(0.0, "character 2 is 'x', it should be a digit", well_formed=False)
+    assert task.verify(example, "9 4").feedback.startswith("character 2 is ' '")  # before the value that is wrong too
+    assert task.verify(example, "3٠4").well_formed is False  # a digit of another script
+    assert task.verify(example, "314") == Verdict(0.0, "value 2 is '1', it should be '0'")
+    assert task.verify(example, "30") == Verdict(0.0, "2 values were given, there should be 3")
+    assert task.verify(example, "").well_formed is False
 
 
 def test_golden_arithmetic_prompts():

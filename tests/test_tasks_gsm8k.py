@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd_jax.data import tasks
-from opd_jax.data.tasks import answers, gsm8k
+from opd_jax.data.tasks import Verdict, answers, gsm8k
 from opd_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -128,8 +128,9 @@ def test_problems_become_examples(tmp_path):
         assert task.verify(example, example.solution).reward == 1.0
     with pytest.raises(IndexError):
         train[8]
-    assert task.verify(first, "3").feedback == "the answer is 3, it should be 2"
-    assert "no number" in task.verify(first, "two").feedback
+    assert task.verify(first, "3") == Verdict(0.0, "the answer is 3, it should be 2")
+    verdict = task.verify(first, "two")
+    assert "no number" in verdict.feedback and not verdict.well_formed
 
 
 def test_sizes(tmp_path):

@@ -69,7 +69,8 @@ def test_the_last_box_counts(task):
     assert judge(task, "2", "\\boxed{1} no, \\boxed{2} and \\boxed{").reward == 1.0
     assert judge(task, "1", "\\boxed{1} no, \\boxed{2}").reward == 0.0
     verdict = judge(task, "2", "it is 2")
-    assert verdict.reward == 0.0 and verdict.feedback == "there is no \\boxed{} with the answer, which is 2"
+    assert verdict == tasks.Verdict(0.0, "there is no \\boxed{} with the answer, which is 2", well_formed=False)
+    assert judge(task, "2", "\\boxed{1}").well_formed
 
 
 @pytest.mark.slow

@@ -68,6 +68,7 @@ def test_other_calls(text, feedback, tmp_path):
     task = make(tmp_path, CALLS)
     verdict = task.verify(task.examples("train")[0], text)
     assert verdict.reward == 0.0 and verdict.feedback.startswith(feedback)
+    assert verdict.well_formed == (" call " in feedback or "should be {" in feedback or feedback.endswith(" is"))
 
 
 def test_an_optional_call_may_be_left_out(tmp_path):

@@ -161,11 +161,12 @@ class Log:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    name: str = "arithmetic"  # arithmetic, gsm8k, humaneval, jsonl, math, text, tooluse or unconditional
+    name: str = "arithmetic"  # arithmetic, countdown, gsm8k, humaneval, jsonl, math, skills, text, tinycode, tooluse or unconditional
     path: str = ""  # file of lines; of gsm8k a folder or a dataset's id on the Hugging Face hub (empty: openai/gsm8k)
     metric: str = "rouge"  # rouge or bleu: the reward of task.name=text, from 0 to 1
-    level: int = 12  # digits of an arithmetic prompt
-    train_size: int = 0  # prompts to train on, drawn again and again; 0: as many as the task has (arithmetic: unlimited)
+    skills: str = "chain,reverse"  # of task.name=skills, with commas: chain, reverse, sort, add, shift, facts
+    level: int = 12  # digits of arithmetic (2-100), characters of skills (2-20), numbers of countdown (2-6), most steps of tinycode (2-5)
+    train_size: int = 0  # prompts to train on, drawn again and again; 0: as many as the task has (generated ones: unlimited)
     eval_size: int = 64  # prompts held out from training; of a file at most half of its lines, of gsm8k the first of its test set
     seed: int = 0  # of generated prompts
 

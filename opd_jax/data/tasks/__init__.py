@@ -21,6 +21,7 @@ class Example:
     prompt: str
     solution: str | None = None  # a completion to learn from
     answer: str | None = None  # what `verify` compares with
+    tag: str = ""  # domain of the example, for tasks that have several: routes it to a teacher, and evaluation tells domains apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Verdict:
 
     reward: float
     feedback: str = ""
+    well_formed: bool = True  # False: no answer in the task's format at all, which methods may leave out of distillation
 
 
 class Task(Protocol):
@@ -75,19 +77,25 @@ def make(
     eval_size: int,
     seed: int,
     metric: str = config_lib.Task.metric,
+    skills: str = config_lib.Task.skills,
     cache_dir: str = config_lib.Config.cache_dir,
 ) -> Task:
     """The task of a config's `task` block. Raises UserError for an unknown name, or for data that cannot be used."""
-    from opd_jax.data.tasks import arithmetic, gsm8k, humaneval, jsonl, math, text, tooluse, unconditional
+    from opd_jax.data.tasks import arithmetic, countdown, gsm8k, humaneval, jsonl, math, text, tinycode, tooluse, unconditional
+    from opd_jax.data.tasks import skills as skills_task
 
     sizes = {"train_size": train_size, "eval_size": eval_size}
+    generated = sizes | {"level": level, "seed": seed}
     makers: dict[str, Callable[[], Task]] = {
-        "arithmetic": lambda: arithmetic.Arithmetic(level=level, seed=seed, **sizes),
+        "arithmetic": lambda: arithmetic.Arithmetic(**generated),
+        "countdown": lambda: countdown.Countdown(**generated),
         "gsm8k": lambda: gsm8k.read(path, cache_dir=cache_dir, **sizes),
         "humaneval": lambda: humaneval.read(path, **sizes),
         "jsonl": lambda: jsonl.read(path, **sizes),
         "math": lambda: math.read(path, **sizes),
+        "skills": lambda: skills_task.Skills(skills=skills, **generated),
         "text": lambda: text.read(path, metric=metric, **sizes),
+        "tinycode": lambda: tinycode.TinyCode(**generated),
         "tooluse": lambda: tooluse.read(path, **sizes),
         "unconditional": lambda: unconditional.Unconditional(**sizes),
     }

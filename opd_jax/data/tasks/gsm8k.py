@@ -40,7 +40,8 @@ class Gsm8k:
         """The final number (see answers.final_number) has the value of the reference."""
         given = answers.final_number(text)
         if given is None:
-            return Verdict(0.0, f'there is no number; end with a line "#### " and the answer, which is {example.answer}')
+            words = f'there is no number; end with a line "#### " and the answer, which is {example.answer}'
+            return Verdict(0.0, words, well_formed=False)
         if answers.exact(given) == answers.exact(example.answer):
             return Verdict(1.0)
         return Verdict(0.0, f"the answer is {given[:80]}, it should be {example.answer}")

@@ -26,7 +26,7 @@ class Math(FileTask):
         """Equal text is right; otherwise the two expressions must be equal. What cannot be compared within limits is wrong."""
         given = answers.boxed(text)
         if given is None:
-            return Verdict(0.0, rf"there is no \boxed{{}} with the answer, which is {example.answer}")
+            return Verdict(0.0, rf"there is no \boxed{{}} with the answer, which is {example.answer}", well_formed=False)
         if given == example.answer:
             return Verdict(1.0)
         equal = _equal(example.answer, given)

@@ -32,7 +32,7 @@ class ToolUse(FileTask):
         try:
             given = calls_of(text)
         except ValueError as error:
-            return Verdict(0.0, str(error))
+            return Verdict(0.0, str(error), well_formed=False)
         for call, needed in _reference(example.answer):
             if call in given:
                 given.remove(call)
