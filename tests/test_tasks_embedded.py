@@ -226,4 +226,5 @@ def test_feedback_of_countdown():
     assert task.verify(asked, "3*5+7*1") == Verdict(0.0, "it uses 3 5 7 1, it should use 3 5 7")
     assert task.verify(asked, "22").feedback == "it uses 22, it should use 3 5 7"
     assert task.verify(asked, "3+7*3-2") == Verdict(0.0, "it uses 3 7 3 2, it should use 3 5 7")
+    assert task.verify(asked, "3*5+7+3-3").feedback == "it uses 3 5 7 3 3, it should use 3 5 7"  # of the right value
     assert len(task.verify(asked, "+".join("1" * 90)).feedback) <= 200
