@@ -41,7 +41,7 @@ def test_skills_by_other_means(level):
         for index in range(120):
             asked = task.examples(split)[index]
             assert asked.tag == NAMES[index % 6] and asked.id == index and asked.solution == asked.answer
-            assert len(asked.prompt.encode()) <= 5 + 2 * level
+            assert len(asked.prompt.encode()) <= 6 + 2 * level
             assert task.verify(asked, asked.solution) == Verdict(1.0)
             if asked.tag != "facts":
                 mark, text = re.fullmatch(r"([a-z])([0-9]+|[0-9]+\+[0-9]+)=", asked.prompt).groups()
@@ -52,7 +52,7 @@ def test_skills_by_other_means(level):
 def test_golden_skills():
     task = make(skills=ALL)
     found = [(e.prompt, e.solution) for split in ("train", "eval") for e in (task.examples(split)[i] for i in (3, 5))]
-    assert found == [("a539+266=", "5080"), ("fnud=", "15"), ("a441+623=", "4601"), ("f of nud=", "15")]
+    assert found == [("a539+266=", "5080"), ("f of nud=", "15"), ("a441+623=", "4601"), ("f on nud=", "15")]
 
 
 def test_marks_name_skills():
@@ -71,16 +71,22 @@ def test_an_input_that_is_held_out_is_so_for_all_skills(level):
 
 def test_facts_are_asked_in_both_splits_in_other_words():
     def table(split, **changes):
-        found = [make(skills="sort,facts", **changes).examples(split)[2 * i + 1] for i in range(2 * FACTS)]
-        assert found[:FACTS] != found[FACTS:] and [e.prompt for e in found[:FACTS]] == [e.prompt for e in found[FACTS:]]
-        return {e.prompt: e.solution for e in found}
+        """{wording: {name: value}} of examples that go eight times through the facts, in order."""
+        found = [make(skills="sort,facts", **changes).examples(split)[2 * i + 1] for i in range(8 * FACTS)]
+        assert [e.prompt for e in found[: 4 * FACTS]] == [e.prompt for e in found[4 * FACTS :]]
+        tables = {}
+        for asked in found:
+            wording, name = re.fullmatch("f ([a-z]+) ([a-z]+)=", asked.prompt).groups()
+            tables.setdefault(wording, {})[name] = asked.solution
+        return tables
 
     train, held_out = table("train"), table("eval")
-    assert len(train) == len(held_out) == FACTS and not train.keys() & held_out.keys()
-    assert {f"f of {prompt[1:]}": value for prompt, value in train.items()} == held_out
-    assert len(set(train.values())) > FACTS // 2 and all(re.fullmatch("[0-9]{2}", value) for value in train.values())
-    assert table("train", seed=1) != train and table("train", train_size=130) == train
-    assert len(table("train", level=2)) == FACTS
+    (known,) = held_out.values()
+    assert len(train) == 4 and not train.keys() & held_out.keys() and all(facts == known for facts in train.values())
+    assert len(known) == FACTS and {len(name) for name in known} == {3} and all(re.fullmatch("[0-9]{2}", value) for value in known.values())
+    assert len(set(known.values())) > FACTS // 2
+    assert table("eval", seed=1) != held_out and table("train", train_size=600) == train
+    assert all(len(facts) == FACTS for facts in table("train", level=2).values())
 
 
 def test_examples_are_a_function_of_seed_split_and_index():

@@ -9,10 +9,11 @@
 | sort | s314= | 134 |
 | add | a27+15= | the digits of the sum from the last column to the first, as it is worked out; one more than the numbers have: 240 |
 | shift | h394= | each digit + 1 mod 10: 405 |
-| facts | fkibo= | a number that is looked up and cannot be inferred |
+| facts | f of kibo= | a number that is looked up and cannot be inferred |
 
 `task.level` is the length of an input: digits, or letters of the name in a fact. An input that is held out is so for all skills. The facts,
-drawn by `task.seed`, are the same in both splits, since others cannot be known; held out is the wording: "f of kibo=".
+drawn by `task.seed`, are the same in both splits, since others cannot be known; held out is the wording: "f on kibo=". Training goes
+through several wordings, because a small model that sees one learns it with the fact and knows nothing in another.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ from opd_jax.types import UserError
 
 FACTS = 32  # entries of the table
 FACT_DIGITS = 2  # of a value
-WORDINGS = {"train": "f{}=", "eval": "f of {}="}
+WORDINGS = {"train": ("f of {}=", "f at {}=", "f in {}=", "f by {}="), "eval": ("f on {}=",)}
 _LETTERS = ("bdfgklmnprstvz", "aeiou")  # in turn, so that a name can be pronounced
 
 
@@ -74,8 +75,9 @@ class Skills(GeneratedTask):
         turn, which = divmod(index, len(self.chosen))
         tag = self.chosen[which]
         if tag == "facts":
-            entity, solution = facts(self.seed, self.level)[turn % FACTS]
-            prompt = WORDINGS[split].format(entity)
+            again, place = divmod(turn, FACTS)
+            entity, solution = facts(self.seed, self.level)[place]
+            prompt = WORDINGS[split][again % len(WORDINGS[split])].format(entity)
         else:
             mark, inputs, solve = SKILLS[tag]
             text = self.draw(split, index, lambda rng: "+".join(random_digits(rng, self.level) for _ in range(inputs)))
