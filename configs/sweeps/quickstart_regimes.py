@@ -5,10 +5,10 @@ python experiments/sweep.py --config=configs/sweeps/quickstart_regimes.py --work
 A seed draws the training and the evaluation prompts, the student that all six runs of the seed start from, and all samples; the teacher is
 one for all seeds. The runs of a seed are paired.
 
-30 runs of 100 updates, after 5 students and a teacher: 20 to 100 s each, start-up included, on 2 CPU cores that had other work too. With 48
-prompts on-policy, SeqKD and SFT end at a greedy accuracy of 0.78, 0.63 and 0.53, in this order in each seed; with unlimited prompts at 0.96,
-1.00 and 1.00, within their noise. Intervals and reverse KLs are in the README. Arguments are those of configs/quickstart.py; tiny is a sweep
-of 2 points and 2 seeds.
+30 runs of 100 updates, after 5 students and a teacher: 20 to 100 s each, start-up included, on 2 CPU cores that had other work too. With
+48 prompts on-policy, SeqKD and SFT end at a greedy accuracy of 0.78, 0.63 and 0.53, in this order in each seed; with unlimited prompts at
+0.96, 1.00 and 1.00, within their noise. Intervals and reverse KLs are in the README. Arguments are those of configs/quickstart.py; tiny is
+a sweep of 2 points and 2 seeds.
 """
 
 from opd_jax import config, sweeps
