@@ -33,13 +33,17 @@ def ends_in_loop(ids: Sequence[int]) -> bool:
     return False
 
 
+def without_stop(rows: Sequence[list[int]], stop_ids: Sequence[int]) -> list[list[int]]:
+    """Completions without the stop token at their end, where they have one."""
+    return [ids[:-1] if ids and ids[-1] in stop_ids else ids for ids in rows]
+
+
 def repetition(tokens_BT: np.ndarray, mask_BT: np.ndarray, stop_ids: Sequence[int]) -> dict[str, float]:
     """Means over completions: of the share of repeated n-grams (where a completion has one), and of those that end in a loop.
 
     The stop token is left out: a loop that was stopped is a loop.
     """
-    rows = [tokens[mask].tolist() for tokens, mask in zip(tokens_BT, mask_BT, strict=True)]
-    rows = [ids[:-1] if ids and ids[-1] in stop_ids else ids for ids in rows]
+    rows = without_stop([tokens[mask].tolist() for tokens, mask in zip(tokens_BT, mask_BT, strict=True)], stop_ids)
     shares = [share for ids in rows if (share := repeated_ngrams(ids)) is not None]
     loops = {"diag/terminal_loops": float(np.mean([ends_in_loop(ids) for ids in rows]))}
     return loops | ({"diag/repeated_ngrams": float(np.mean(shares))} if shares else {})

@@ -1,4 +1,7 @@
-"""Evaluation on held-out prompts: accuracy, avg@k, pass@k, reverse and forward KL to the teacher with intervals, entropy, lengths."""
+"""Evaluation on held-out prompts: accuracy, avg@k, pass@k, maj@k, KL to the teacher, how completions are written, recovery from errors.
+
+Each model samples once; what an evaluation measures beside that, it reads off these samples.
+"""
 
 import dataclasses
 import functools
@@ -9,7 +12,7 @@ import numpy as np
 import scipy.stats
 from jax.sharding import Mesh
 
-from opd_jax import parallel
+from opd_jax import injected, parallel, sampler, scores, wording
 from opd_jax.data import pipeline, tasks
 from opd_jax.data.tasks import Example, Task
 from opd_jax.model_io import LoadedModel
@@ -17,7 +20,7 @@ from opd_jax.models import forward
 from opd_jax.models.config import ModelConfig
 from opd_jax.numerics.token_stats import Signal, Target, token_stats
 from opd_jax.rollout import sample
-from opd_jax.types import Prompts, Rollout, view
+from opd_jax.types import Prompts, Rollout, UserError, view
 
 # Draws of an evaluation depend on the seed alone, never on the step: evaluations of one run are paired.
 GREEDY, SAMPLED, TEACHER = range(3)
@@ -38,18 +41,19 @@ class Evaluator:
     teacher_prompts: pipeline.Encoder | None  # None: the teacher reads what the student reads
     seed: int
     mesh: Mesh
+    inject_error: bool = False  # measure recovery after an error: one more greedy pass
 
     def __call__(self, params: dict) -> dict[str, float]:
         """All `eval/` metrics of a student with these parameters."""
         metrics = {"eval/prompts": len(self.examples)}
         if self.task.verifiable:
             rewards_P = self._rewards(self._sample(params, self.student.config, GREEDY))[:, 0]
-            metrics |= proportion("eval/accuracy", rewards_P)
+            metrics |= proportion("eval/accuracy", rewards_P) | self._by_domain("eval/accuracy", rewards_P >= 1)
         rollouts = self._sample(params, self.student.config, SAMPLED)
-        if self.task.verifiable:
-            metrics |= sampled_accuracy(self._rewards(rollouts))
+        metrics |= self._read_samples(rollouts)
         metrics |= _length_metrics(rollouts)
-        # The student's own completions give its entropy and the reverse KL, the teacher's give the forward KL.
+        # The student's own completions give its entropy and the reverse KL, the teacher's give the forward KL, and the reverse KL again:
+        # what the student makes of prefixes that it would not have written.
         stats = self._score(params, rollouts, "reverse_kl")
         metrics["eval/entropy"] = float(stats["entropy"].sum() / stats["tokens"].sum())
         if self.teacher is not None:
@@ -57,9 +61,57 @@ class Evaluator:
             rollouts = self._teacher_rollouts
             if self.task.verifiable:
                 metrics["eval/teacher_sampled_accuracy"] = float(self._rewards(rollouts).mean())
-            stats = self._score(params, rollouts, "forward_kl")
-            metrics |= ratio_with_interval("eval/forward_kl", stats["local"], stats["tokens"])
+            for name, kind in (("eval/forward_kl", "forward_kl"), ("eval/reverse_kl_on_teacher", "reverse_kl")):
+                stats = self._score(params, rollouts, kind)
+                metrics |= ratio_with_interval(name, stats["local"], stats["tokens"])
+        return metrics | (self._recovery(params) if self.inject_error else {})
+
+    def _read_samples(self, rollouts) -> dict[str, float]:
+        """What the student's samples say without a model: rewards, votes, and how they are written."""
+        ids = _token_ids(rollouts)
+        texts = [self.student.tokenizer.decode(row) for row in ids]
+        metrics = wording.metrics(ids, texts, samples=self.samples, stop_ids=self.student.tokenizer.eos_ids)
+        if not self.task.verifiable:
+            return metrics
+        rewards_PK = self._judge(texts)
+        metrics |= sampled_accuracy(rewards_PK) | self._by_domain("eval/sampled_accuracy", rewards_PK.mean(1))
+        answers = tasks.votes(self.task, texts)
+        if answers is not None:
+            answers_PK = [answers[start : start + self.samples] for start in range(0, len(answers), self.samples)]
+            votes_PK = scores.ballots(answers_PK, rewards_PK)
+            metrics["eval/maj_at_k"] = float(scores.maj_rates(votes_PK, self.samples).mean())
         return metrics
+
+    def _by_domain(self, name: str, values_P: np.ndarray) -> dict[str, float]:
+        """The mean over the prompts of each tag, where examples have tags."""
+        tags = [example.tag for example in self.examples]
+        rows = {tag: [row for row, other in enumerate(tags) if other == tag] for tag in sorted(set(tags)) if tag}
+        return {f"{name}/{tag}": float(np.mean(values_P[at])) for tag, at in rows.items()}
+
+    def _recovery(self, params: dict) -> dict[str, float]:
+        """How much of the solution the student writes after an error in it; what it stops before counts as missed."""
+        rows, matches = len(self._injected.gold_NT), []
+        for start in range(0, rows, self.batch_size):
+            part = self._injected.take(np.minimum(np.arange(start, start + self.batch_size), rows - 1))
+            # sample() would refuse a long beginning with max_new_tokens after it; what a row needs of them fits, because prompt and
+            # solution do. The rest is written past the context and not looked at.
+            rollout = sampler.sample_tokens(
+                params,
+                self.student.config,
+                parallel.shard_batch(part.prompts, self.mesh),
+                key=jax.random.key(self.seed),  # a greedy law draws nothing
+                max_new_tokens=self.max_new_tokens,
+                law=sampler.Law(temperature=0.0),
+                stop_ids=tuple(self.student.tokenizer.eos_ids),
+                pad_id=self.student.config.pad_token_id or 0,
+            )
+            matches.append(part.matches(np.asarray(rollout.tokens_BT), np.asarray(rollout.mask_BT))[: rows - start])
+        return ratio_with_interval("eval/recovery", np.concatenate(matches), self._injected.mask_NT.sum(1))
+
+    @functools.cached_property
+    def _injected(self) -> injected.Injected | None:
+        settings = {"max_new_tokens": self.max_new_tokens, "seed": self.seed}
+        return injected.inject(self._prompts[0], self.examples, self.student.tokenizer, **settings)
 
     @functools.cached_property
     def _teacher_rollouts(self) -> list[tuple[tuple[Prompts, Prompts], Rollout, int]]:
@@ -76,6 +128,11 @@ class Evaluator:
     def check(self) -> None:
         """Refuses held-out prompts that cannot be used. Raises UserError."""
         self._prompts  # noqa: B018
+        if self.inject_error and self._injected is None:
+            raise UserError(
+                f"config field eval.inject_error = True needs solutions of two tokens or more, but the {len(self.examples)} held-out "
+                "examples have none; set it to false, or give `solution`s"
+            )
 
     def _batches(self, samples: int) -> Iterator[tuple[int, tuple[Prompts, Prompts]]]:
         """(rows that count, (student's, teacher's) Prompts of batch_size rows).
@@ -109,10 +166,9 @@ class Evaluator:
 
     def _rewards(self, rollouts) -> np.ndarray:
         """[P, k] rewards of the verifier."""
-        texts = []
-        for _, rollout, real in rollouts:
-            tokens, mask = np.asarray(rollout.tokens_BT), np.asarray(rollout.mask_BT)
-            texts += [self.student.tokenizer.decode(tokens[row][mask[row]].tolist()) for row in range(real)]
+        return self._judge([self.student.tokenizer.decode(ids) for ids in _token_ids(rollouts)])
+
+    def _judge(self, texts: list[str]) -> np.ndarray:
         per_prompt = len(texts) // len(self.examples)
         examples = [self.examples[i // per_prompt] for i in range(len(texts))]
         verdicts = tasks.verify_many(self.task, examples, texts)
@@ -142,6 +198,15 @@ def _rollout_sums(params, teacher_params, prompts, rollout, student_config, teac
     return {name: jax.numpy.where(rollout.mask_BT, value, 0).sum(1) for name, value in sums.items()}
 
 
+def _token_ids(rollouts) -> list[list[int]]:
+    """The tokens of each completion that counts, stop token included."""
+    rows = []
+    for _, rollout, real in rollouts:
+        tokens_BT, mask_BT = np.asarray(rollout.tokens_BT), np.asarray(rollout.mask_BT)
+        rows += [tokens_BT[row][mask_BT[row]].tolist() for row in range(real)]
+    return rows
+
+
 def _length_metrics(rollouts) -> dict[str, float]:
     lengths = np.concatenate([np.asarray(r.mask_BT).sum(1)[:real] for _, r, real in rollouts])
     stopped = np.concatenate([np.asarray(r.stopped_B)[:real] for _, r, real in rollouts])
@@ -150,17 +215,8 @@ def _length_metrics(rollouts) -> dict[str, float]:
 
 def sampled_accuracy(rewards_PK: np.ndarray) -> dict[str, float]:
     """avg@k with an interval over prompts, and pass@k; a reward of 1 is a success."""
-    samples = rewards_PK.shape[1]
-    successes_P = (rewards_PK >= 1.0).sum(1)
-    passed_P = [pass_at_k(samples, int(c), samples) for c in successes_P]
-    return with_interval("eval/sampled_accuracy", rewards_PK.mean(1)) | {"eval/pass_at_k": float(np.mean(passed_P))}
-
-
-def pass_at_k(samples: int, successes: int, k: int) -> float:
-    """Unbiased chance that at least one of k samples succeeds, from `samples` >= k draws: 1 - C(n - c, k) / C(n, k) (Chen et al. 2021)."""
-    if samples - successes < k:
-        return 1.0
-    return 1.0 - float(np.prod(1.0 - k / np.arange(samples - successes + 1, samples + 1)))
+    passed = scores.pass_rates(rewards_PK, rewards_PK.shape[1]).mean()
+    return with_interval("eval/sampled_accuracy", rewards_PK.mean(1)) | {"eval/pass_at_k": float(passed)}
 
 
 def proportion(name: str, rewards_P: np.ndarray) -> dict[str, float]:

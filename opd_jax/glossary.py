@@ -7,6 +7,8 @@ import dataclasses
 
 # A metric with one of these in its name depends on the clock; all others are reproducible bit for bit on one machine.
 CLOCK = ("time/", "per_second", "memory")
+# Metrics that come once more for each domain, NAME/TAG: as many as the examples have tags.
+FAMILIES = ("eval/accuracy", "eval/sampled_accuracy")
 
 NOTATION = (
     ("pi, q", "student and teacher, at temperature 1"),
@@ -31,9 +33,15 @@ class Description:
     source: str = ""
 
 
+def entry(name: str) -> str:
+    """The name under which GLOSSARY has a metric: itself, or that of its family, such as eval/accuracy/TAG for eval/accuracy/algebra."""
+    families = [family for family in FAMILIES if name.startswith(f"{family}/") and len(name) > len(family) + 1]
+    return f"{families[0]}/TAG" if families else name
+
+
 def depends_on_clock(name: str) -> bool:
     """Whether a metric of this name may differ between two runs of the same config on one machine."""
-    return any(word in name for word in CLOCK)
+    return any(word in entry(name) for word in CLOCK)
 
 
 def _described() -> dict[str, Description]:
@@ -78,8 +86,30 @@ def _described() -> dict[str, Description]:
             "wall time of this step, without evaluations and checkpoints", "t(step finished on the device) - t(the one before)", "s"
         ),
         "time/total_seconds": Description("time spent in steps since the run began", "sum of time/step_seconds over steps 1 ... n", "s"),
+        **_costs(),
         **_diagnostics(),
         **_evaluations(),
+    }
+
+
+def _costs() -> dict[str, Description]:
+    """By the accounting of cost.py, whose docstring says what N counts."""
+    resumed = "; of a run begun by a version that did not count, without the prompts until then"
+    return {
+        "cost/flops_total": Description(
+            f"floating-point operations of all updates (sampling, teacher, training), without diagnostics and evaluations{resumed}",
+            "sum over steps 1 ... n and completions of 2 N_g (x + T) + 2 N_q (x' + T) + 6 N (x + T); T tokens of the completion, x and x' "
+            "of its prompt as student and teacher read it; N, N_g and N_q parameters of the student, of the model that samples (0: a data "
+            "set; a teacher reads x'), and of the teacher where it scores; with an adapter 4 N + 2 N_adapter for 6 N",
+            "FLOPs",
+            "Kaplan et al. 2020, Scaling Laws for Neural Language Models, 2.1; here the output projection counts",
+        ),
+        "cost/generated_tokens_total": Description(
+            "completion tokens that were sampled since the run began, 0 where a data set has them", "sum of M over steps 1 ... n", "tokens"
+        ),
+        "cost/scored_tokens_total": Description(
+            "completion tokens that frozen models have scored since the run began", "sum of M over steps 1 ... n, once a model", "tokens"
+        ),
     }
 
 
@@ -221,6 +251,17 @@ def _evaluations() -> dict[str, Description]:
             "fraction",
             "Chen et al. 2021, Evaluating Large Language Models Trained on Code",
         ),
+        "eval/accuracy/TAG": Description(
+            "eval/accuracy on the prompts of a domain, for each tag of held-out examples", "eval/accuracy over p with tag TAG", "fraction"
+        ),
+        "eval/sampled_accuracy/TAG": Description("eval/sampled_accuracy on them", "eval/sampled_accuracy over p with tag TAG", "fraction"),
+        "eval/maj_at_k": Description(
+            "chance that the most frequent answer of k samples is accepted, k = eval.samples (tasks that say what an answer is); accepted "
+            "answers count as one, ties are broken uniformly, samples without an answer do not vote",
+            "(1/P) sum_p 1[a_p most frequent] / number of most frequent; a_p the accepted answer among the k samples of p",
+            "fraction",
+            "Wang et al. 2022, Self-Consistency",
+        ),
         "eval/teacher_sampled_accuracy": Description(
             "mean reward of the teacher's samples at temperature 1", "(1/P) sum_p (1/k) sum_j r_pj, completions of the teacher", "fraction"
         ),
@@ -236,12 +277,51 @@ def _evaluations() -> dict[str, Description]:
             "nats/token",
         ),
         **_interval("eval/forward_kl", "nats/token", _BOOTSTRAP, "Efron 1979"),
+        "eval/reverse_kl_on_teacher": Description(
+            "reverse KL to the teacher on fresh samples of the teacher, exact over the vocabulary: what eval/reverse_kl is above it is "
+            "exposure bias, the student's loss from standing on prefixes of its own",
+            "sum_bt m_bt K_bt / M over the B = P k samples of the teacher",
+            "nats/token",
+        ),
+        **_interval("eval/reverse_kl_on_teacher", "nats/token", _BOOTSTRAP, "Efron 1979"),
+        **_of_writing(),
         "eval/entropy": Description("entropy of the student along its own samples", "(1/M) sum_bt m_bt H_bt", "nats/token"),
         "eval/length": Description("mean length of the student's samples, stop token included", "M / B", "tokens"),
         "eval/truncated_fraction": Description(
             "share of the student's samples that max_new_tokens cut off", "(1/B) sum_b 1[no stop token in y_b]", "fraction"
         ),
         "time/eval_seconds": Description("wall time of this evaluation", "t(end) - t(start)", "s"),
+    }
+
+
+def _of_writing() -> dict[str, Description]:
+    """How the student's samples are written; the stop token is left out. Of eval.inject_error: how it goes on after an error."""
+    return {
+        "eval/distinct_2": Description(
+            "share of different token pairs among those of one prompt's samples together, mean over the prompts that have a pair",
+            "mean over p of distinct 2-grams / 2-grams of y_p1 ... y_pk",
+            "fraction",
+            "Li et al. 2016, distinct-n",
+        ),
+        "eval/repetition": Description(
+            "share of 4-grams that a sample has had before, mean over the samples of at least 4 tokens",
+            "mean over b of 1 - distinct 4-grams of y_b / 4-grams of y_b",
+            "fraction",
+            "Welleck et al. 2020, seq-rep-4",
+        ),
+        "eval/reflection": Description(
+            "share of samples with words of reflection, such as wait, hmm or let me check (wording.REFLECTION has them all)",
+            "(1/B) sum_b 1[y_b has one of the words, in any case]",
+            "fraction",
+        ),
+        "eval/recovery": Description(
+            "after one wrong token in a gold solution, at a place and to a token by chance, the student continues greedily "
+            "(eval.inject_error): share of the tokens after it that are the solution's, place by place, stop token included; examples "
+            "without a solution of two tokens are left out",
+            "sum_pt 1[y_pt = g_pt] / sum_p |g_p|; g_p the solution after the error, y_p what the student writes",
+            "fraction",
+        ),
+        **_interval("eval/recovery", "fraction", _BOOTSTRAP, "Efron 1979"),
     }
 
 

@@ -219,6 +219,7 @@ def make_evaluator(config: Config, mesh: Mesh, task: tasks.Task, pair: Pair) -> 
         teacher_prompts=pair.teacher_prompts,
         seed=config.seed,
         mesh=mesh,
+        inject_error=config.eval.inject_error,
     )
     evaluator.check()
     return evaluator

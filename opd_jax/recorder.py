@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax import machine
+from opd_jax import cost, machine
 from opd_jax.data import tasks
 from opd_jax.data.pipeline import Batch
 from opd_jax.diagnostics import Diagnostics
@@ -48,7 +48,8 @@ class Recorder:
         self.state = job.state
         self.step = job.step  # updates whose records are on disk
         self._saved_step = job.step if job.resumed else None
-        self._info = dict(job.info)
+        self._account = _account(job)
+        self._info = {**job.info, **cost.totals(job.info, self._account)._asdict()}
         self._progress = progress
         self._pending: Pending | None = None
         self._clock = time.perf_counter()  # when the last step was finished
@@ -132,12 +133,20 @@ class Recorder:
         prompts, completions = pending.prompts, pending.completions
         config, tokenizer, task = self.job.config, self.job.student.tokenizer, self.job.task
         mask_BT, tokens_BT = np.asarray(completions.mask_BT), np.asarray(completions.tokens_BT)
-        self._info["tokens_total"] += int(mask_BT.sum())
+        completion = int(mask_BT.sum())
+        self._info["tokens_total"] += completion
+        prompt, teacher_prompt = (int(np.asarray(read.mask_BS).sum()) for read in (prompts.prompts, prompts.teacher_prompts))
+        work = self._account.work(prompt=prompt, teacher_prompt=teacher_prompt, completion=completion)
+        for name, amount in work._asdict().items():
+            self._info[name] += amount
         record = {
             "rollout/length": float(mask_BT.sum(1).mean()),
             "rollout/truncated_fraction": float(1 - np.asarray(completions.stopped_B).mean()),
             "rollout/tokens_total": self._info["tokens_total"],
             "rollout/prompts_truncated": prompts.truncated,
+            "cost/flops_total": float(self._info["flops"]),
+            "cost/generated_tokens_total": self._info["generated_tokens"],
+            "cost/scored_tokens_total": self._info["scored_tokens"],
         }
         if pending.annotated is not None:
             self.job.writer.samples(self.job.samples.lines(pending.step, prompts, pending.annotated))
@@ -166,3 +175,10 @@ class Recorder:
         self.job.trackers.flush()
         self.job.checkpoints.save(self.step, self.state.replace(finite=jnp.ones_like(self.state.finite)), self._info)
         self._saved_step = self.step
+
+
+def _account(job: Job) -> cost.Account:
+    student, adapter = job.student, cost.size(job.state.params) if job.student.lora else 0
+    base = cost.parameters(student.config, student.params if student.lora else job.state.params)
+    teacher = cost.parameters(job.teacher.config, job.teacher.params) if job.teacher else None
+    return cost.account(job.config.rollout.source, base + adapter, adapter or base, teacher, scored=job.objective.has_teacher)

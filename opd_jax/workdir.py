@@ -9,7 +9,7 @@ import pathlib
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from opd_jax import checkpoint, files, learner, metrics, model_io
+from opd_jax import checkpoint, cost, files, learner, metrics, model_io
 from opd_jax import config as config_lib
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.config import Config
@@ -92,7 +92,8 @@ def restore(
     """(state, its step, info) of the newest checkpoint. Raises UserError where what the run reads is not what it began with."""
     params = spec.abstract(trained_specs(pair.student), jnp.float32, mesh)
     step, state, info = checkpoints.restore(learner.abstract_state(params, optimizer))
-    for name, kind in {**dict.fromkeys(expected, str), "tokens_total": int, "seconds": (int, float)}.items():
+    counted = {name: int for name in cost.Work._fields if name in info}  # which older versions did not
+    for name, kind in {**dict.fromkeys(expected, str), "tokens_total": int, "seconds": (int, float), **counted}.items():
         if not isinstance(info.get(name), kind):
             raise UserError(
                 f"{checkpoints.directory / str(step)}: info.json has {name} = {files.shown(info.get(name))}; restore it, or "

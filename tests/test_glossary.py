@@ -29,7 +29,7 @@ def test_every_metric_that_the_code_writes_is_in_the_glossary():
     found = set()
     for path in (ROOT / "opd_jax").rglob("*.py"):
         if path.name != "glossary.py":
-            found |= set(re.findall(r'"((?:train|rollout|eval|time|diag)/[a-z_]*[a-z])"', path.read_text()))
+            found |= set(re.findall(r'"((?:train|rollout|eval|time|diag|cost)/[a-z_]*[a-z])"', path.read_text()))
     assert len(found) > 20
     assert found <= set(GLOSSARY)
 

@@ -18,6 +18,7 @@ config cli glossary
 numerics
 parallel
 models
+cost
 environments
 data
 sampler
@@ -31,9 +32,11 @@ objective
 learner
 metrics
 trackers
+scores diagnostics
+wording injected
 evaluate
 machine
-samples diagnostics
+samples
 workdir
 job
 recorder

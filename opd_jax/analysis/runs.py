@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from opd_jax import config as config_lib
-from opd_jax import files, machine, metrics
+from opd_jax import files, glossary, machine, metrics
 from opd_jax.analysis import checks, stats
 from opd_jax.types import UserError
 
@@ -77,7 +77,8 @@ class Group:
 
 def within(name: str, low, high):
     """(low, high) cut off: a share is in [0, 1], a divergence, entropy, length or norm at least 0, whatever Student's t says."""
-    fraction = name in metrics.GLOSSARY and metrics.GLOSSARY[name].unit == "fraction"
+    described = metrics.GLOSSARY.get(glossary.entry(name))
+    fraction = described is not None and described.unit == "fraction"
     least = 0 if fraction or name.endswith(("_kl", "entropy", "length", "grad_norm")) else -np.inf
     return np.clip(low, least, None), np.clip(high, None, 1 if fraction else np.inf)
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from opd_jax import config as config_lib
-from opd_jax import metrics, objective
+from opd_jax import glossary, metrics, objective
 from opd_jax.config import Config, ConfigError, loading
 from opd_jax.sweeps.combinators import REPLICATES, Point, Sweep, product, seeds
 
@@ -156,7 +156,7 @@ def _check_metrics(names: Sequence[str]) -> None:
     if not names:
         raise ConfigError("sweep: no metric; give --metric=NAME, such as eval/reverse_kl")
     for name in names:
-        if name not in metrics.GLOSSARY:
+        if glossary.entry(name) not in metrics.GLOSSARY:
             near = difflib.get_close_matches(name, metrics.GLOSSARY, n=1, cutoff=0.5) or ["eval/reverse_kl"]
             raise ConfigError(f"--metric={name}: no run writes it; did you mean {near[0]}? docs/metrics.md has them all")
 

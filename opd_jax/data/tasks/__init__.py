@@ -53,6 +53,7 @@ class Task(Protocol):
     """What the trainer needs of a task. Examples are random-access and made lazily; a task may be unlimited (a very long sequence).
 
     `parallel = True`, where it is there, says that `verify` is thread-safe and waits for something else than this process.
+    `vote(text)`, where it is there, is the answer that a completion gives, as text that is the same for the same answer, or None.
     """
 
     name: str
@@ -124,3 +125,9 @@ def verify_many(task: Task, examples: Sequence[Example], texts: Sequence[str]) -
         return [task.verify(example, text) for example, text in zip(examples, texts, strict=True)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(task.verify, examples, texts))
+
+
+def votes(task: Task, texts: Sequence[str]) -> list[str | None] | None:
+    """The answer that each completion gives, for majority votes; None where the task does not say what an answer is."""
+    vote = getattr(task, "vote", None)
+    return None if vote is None else [vote(text) for text in texts]

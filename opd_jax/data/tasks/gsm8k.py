@@ -46,6 +46,12 @@ class Gsm8k:
             return Verdict(1.0)
         return Verdict(0.0, f"the answer is {given[:80]}, it should be {example.answer}")
 
+    def vote(self, text: str) -> str | None:
+        """The value of the final number."""
+        given = answers.final_number(text)
+        value = answers.exact(given) if given is not None else None
+        return None if value is None else str(value)
+
 
 def _example(rows: Sequence, index: int) -> Example:
     """Made on access, from rows that stay on disk."""

@@ -19,6 +19,9 @@ class Jsonl(FileTask):
             return Verdict(1.0)
         return Verdict(0.0, f"the answer is {text.strip()[:80]!r}, it should be {example.answer.strip()!r}")
 
+    def vote(self, text: str) -> str | None:
+        return text.strip() or None
+
 
 def read(path: str, *, train_size: int, eval_size: int) -> Jsonl:
     """Reads a file; the last `eval_size` lines, at most half of them, are held out; see lines.hold_out. Raises UserError."""

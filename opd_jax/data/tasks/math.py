@@ -35,6 +35,10 @@ class Math(FileTask):
         reason = f"the answer is {given[:80]}, it should be {example.answer}"
         return Verdict(0.0, reason if equal is not None else f"{reason}; the two cannot be compared")
 
+    def vote(self, text: str) -> str | None:
+        """The boxed answer as it is written: two ways to write one wrong answer are two answers, which only that answer's votes notice."""
+        return answers.boxed(text)
+
 
 def _equal(reference: str, given: str) -> bool | None:
     if _PLAIN.fullmatch(reference) and _PLAIN.fullmatch(given):

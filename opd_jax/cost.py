@@ -1,0 +1,81 @@
+"""What a run costs by the field's accounting: 2 FLOPs per parameter and token forward, 6 in training; tokens generated and scored.
+
+N counts the parameters that multiply a token: not the embedding, which is looked up, but the output projection, also where the two are
+one matrix (a distillation computes it for each token, and in a small model it is much of N); of a mixture's experts those that a token
+meets. Attention scores, recomputation (model.remat), the optimizer, diagnostics, logged samples and evaluations are not counted, and
+neither is padding. Source: Kaplan et al. 2020, Scaling Laws for Neural Language Models, 2.1, whose N leaves out the output projection.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+
+from opd_jax.models import transformer
+from opd_jax.models.config import ModelConfig
+from opd_jax.models.forward import Model
+
+
+class Work(NamedTuple):
+    """Of an update, or summed over those of a run."""
+
+    flops: int
+    generated_tokens: int  # completion tokens that a model sampled
+    scored_tokens: int  # completion tokens that teacher and reference models read, once for each of them
+
+
+@dataclasses.dataclass(frozen=True)
+class Account:
+    """What the tokens of a run cost. Parameters are counted by `parameters`."""
+
+    student: int  # parameters, those of an adapter included
+    trained: int  # those that have a gradient: all, or the adapter's
+    scorers: tuple[int, ...]  # parameters of each frozen model that reads the completions: teacher, references
+    generator: int  # parameters of the model that samples; 0: the data set's completions
+    teacher_generates: bool = False  # it reads the teacher's prompts
+
+    def work(self, *, prompt: int, teacher_prompt: int, completion: int) -> Work:
+        """Of so many tokens of completions, and of their prompts as the student and as the teacher reads them, once per completion."""
+        sampling = 2 * self.generator * ((teacher_prompt if self.teacher_generates else prompt) + completion)
+        scoring = 2 * sum(self.scorers) * (teacher_prompt + completion)
+        # Forward 2 N; back 2 N by the activations, and 2 by each parameter that is trained. Where all are: 6 N.
+        training = (4 * self.student + 2 * self.trained) * (prompt + completion)
+        return Work(sampling + scoring + training, completion if self.generator else 0, completion * len(self.scorers))
+
+
+def account(source: str, student: int, trained: int, teacher: int | None, *, scored: bool) -> Account:
+    """Of a run with this rollout.source, and parameters of student and teacher; `scored`: the teacher reads the completions."""
+    generator = {"student": student, "teacher": teacher, "dataset": 0}[source]
+    return Account(student, trained, (teacher,) if scored else (), generator, teacher_generates=source == "teacher")
+
+
+def parameters(config: ModelConfig | Model, params: Any) -> int:
+    """N of a model; of a model of the user's, whose parts are unknown, all numbers that its `params` hold."""
+    return active_parameters(config) if isinstance(config, ModelConfig) else size(params)
+
+
+def active_parameters(config: ModelConfig) -> int:
+    """N by the shape of a model alone; see above."""
+    total = 0
+    for path, spec in jax.tree_util.tree_leaves_with_path(transformer.param_specs(config)):
+        name, numbers = path[-1].key, size(jax.ShapeDtypeStruct(spec.shape, "float32"))
+        if name.startswith("expert_"):
+            numbers = numbers // config.num_experts * config.experts_per_token
+        if name != "embed" or config.tie_word_embeddings:
+            total += numbers
+    return total
+
+
+def size(params: Any) -> int:
+    """Numbers in a tree of arrays."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def totals(info: dict, account: Account) -> Work:
+    """What a run has cost so far, from what its checkpoint remembers.
+
+    Runs of versions that did not count remember their completion tokens alone: from these everything follows but what prompts cost.
+    """
+    if all(name in info for name in Work._fields):
+        return Work(*(info[name] for name in Work._fields))
+    return account.work(prompt=0, teacher_prompt=0, completion=info["tokens_total"])
