@@ -1,5 +1,7 @@
 """The glossary has the names that runs emit, its page is up to date, and its formulas, by hand in NumPy, give the values of a run."""
 
+import dataclasses
+import itertools
 import json
 import pathlib
 import random
@@ -16,7 +18,7 @@ import pytest
 
 from opd_jax import config as config_lib
 from opd_jax import glossary, job, train
-from opd_jax.data import tokenizer
+from opd_jax.data import tasks, tokenizer
 from opd_jax.glossary import GLOSSARY
 from opd_jax.metrics import Progress
 from opd_jax.models import hf, transformer
@@ -32,6 +34,14 @@ def test_every_metric_that_the_code_writes_is_in_the_glossary():
             found |= set(re.findall(r'"((?:train|rollout|eval|time|diag|cost)/[a-z_]*[a-z])"', path.read_text()))
     assert len(found) > 20
     assert found <= set(GLOSSARY)
+
+
+def test_the_accuracies_of_domains_have_the_entry_of_their_family():
+    assert glossary.entry("eval/accuracy/algebra") == "eval/accuracy/TAG" and glossary.entry("eval/accuracy/a/b") == "eval/accuracy/TAG"
+    assert glossary.entry("eval/sampled_accuracy/x") == "eval/sampled_accuracy/TAG"
+    for name in ("eval/accuracy", "eval/accuracy_low", "eval/accuracy/", "eval/length/x", "train/loss"):
+        assert glossary.entry(name) == name
+    assert not glossary.depends_on_clock("eval/accuracy/memory") and glossary.depends_on_clock("time/step_seconds")
 
 
 def test_each_entry_has_meaning_formula_and_unit_and_the_clock_is_in_the_name():
@@ -88,8 +98,10 @@ def opd_config(trained, **fields):
 
 
 COMPARED = {"train/reverse_kl", "train/log_ratio_mean"}
-WITH_TEACHER = {"eval/reverse_kl", "eval/forward_kl"}
-VERIFIED = {"rollout/reward", "eval/accuracy", "eval/pass_at_k"}
+WITH_TEACHER = {"eval/reverse_kl", "eval/forward_kl", "eval/reverse_kl_on_teacher"}
+VERIFIED = {"rollout/reward", "eval/accuracy", "eval/pass_at_k", "eval/maj_at_k"}
+RECOVERY = {"eval/recovery", "eval/recovery_low"}
+DOMAINS = {"eval/accuracy/TAG", "eval/sampled_accuracy/TAG"}
 ENDS = {"eval/reverse_kl_low", "eval/forward_kl_high"}
 WATCHED = {"log.diagnostics": True}
 LOOKED_AT = {"diag/log_ratio_p50", "diag/topk_overlap", "diag/teacher_entropy"}
@@ -99,6 +111,11 @@ CASES = {
     "student": (
         WATCHED | {"rollout.batch_size": 32, "rollout.max_new_tokens": 4, "learner.microbatches": 2},
         COMPARED | WITH_TEACHER | VERIFIED | ENDS | {"eval/teacher_sampled_accuracy"} | LOOKED_AT | OWN_DRAWS,
+        RECOVERY | DOMAINS,
+    ),
+    "tagged": (
+        {"rollout.source": "teacher", "eval.inject_error": True},
+        RECOVERY | DOMAINS | VERIFIED,
         set(),
     ),
     "teacher": (
@@ -119,6 +136,13 @@ CASES = {
 }
 
 
+def tagged(c):
+    """The task of a config, whose examples are of two domains."""
+    task = tasks.from_config(config_lib.parse(c))
+    split = lambda examples: tuple(dataclasses.replace(example, tag="xy"[example.id % 2]) for example in examples)
+    return dataclasses.replace(task, train=split(task.train), held_out=split(task.held_out))
+
+
 @pytest.mark.slow
 def test_the_glossary_is_what_runs_emit(trained, tmp_path):
     """Both ways: nothing is emitted that has no entry, and no entry is never emitted."""
@@ -128,7 +152,9 @@ def test_the_glossary_is_what_runs_emit(trained, tmp_path):
     assert not any("eval" in name for name in emitted)  # eval.prompts = 0
     for case, (fields, there, absent) in CASES.items():
         paths = (*[str(tmp_path / "bos")] * 2, {}) if case == "unconditional" else trained
-        names = {name for record in train.run(opd_config(paths, **fields), tmp_path / case) for name in record}
+        own = tagged(opd_config(paths)) if case == "tagged" else None
+        records = train.run(opd_config(paths, **fields), tmp_path / case, task=own)
+        names = {glossary.entry(name) for record in records for name in record}
         assert names <= set(GLOSSARY), case
         assert there <= names and not absent & names, case
         emitted |= names
@@ -241,6 +267,8 @@ def test_eval_metrics_follow_their_formulas(update):
             }
             rewards[purpose] = evaluator._rewards(batches)
     x, f, successes = values[1], values[2], (rewards[1] >= 1).sum(1)
+    texts = [["".join(map(chr, row[row < 256])) for row in prompt] for prompt in sampled_tokens(evaluator, first)]
+    most = [majority(answers, example.answer) for answers, example in zip(texts, evaluator.examples, strict=True)]
     P, s, z = 20, (rewards[0] >= 1).sum(), 1.959964
     spread = z * np.sqrt(s * (P - s) / P + z**2 / 4)
     expected = {
@@ -250,7 +278,9 @@ def test_eval_metrics_follow_their_formulas(update):
         "eval/accuracy_high": (s + z**2 / 2 + spread) / (P + z**2),
         "eval/sampled_accuracy": rewards[1].mean(),
         "eval/pass_at_k": np.mean(successes >= 1),
+        "eval/maj_at_k": np.mean(most),
         "eval/teacher_sampled_accuracy": rewards[2].mean(),
+        "eval/reverse_kl_on_teacher": (f["m"] * f["K"]).sum() / f["m"].sum(),
         "eval/reverse_kl": (x["m"] * x["K"]).sum() / x["m"].sum(),
         "eval/forward_kl": (f["m"] * f["F"]).sum() / f["m"].sum(),
         "eval/entropy": (x["m"] * x["H"]).sum() / x["m"].sum(),
@@ -260,6 +290,20 @@ def test_eval_metrics_follow_their_formulas(update):
     assert 0 < s < P and 0 < successes.sum() < 60 and x["stopped"].mean() not in (0, 0.5, 1)
     for name, value in expected.items():
         assert record[name] == pytest.approx(value, rel=2e-5), name
+
+
+def sampled_tokens(evaluator, first):
+    """[P, k, T] tokens of the student's samples."""
+    with jax.set_mesh(first.mesh):
+        batches = evaluator._sample(first.state.params, first.student.config, 1)
+    rows = [np.where(np.asarray(r.mask_BT), np.asarray(r.tokens_BT), 258)[:real] for _, r, real in batches]
+    return np.concatenate(rows).reshape(20, 3, -1)
+
+
+def majority(answers, right):
+    """Over the ways to put the votes in order: the first of the most frequent answers wins."""
+    orders = [[a for a in order if a] for order in itertools.permutations(answers)]
+    return np.mean([bool(order) and max(order, key=order.count) == right for order in orders])
 
 
 def both(first):
@@ -277,6 +321,6 @@ def test_running_sums_and_the_learning_rate_follow_their_formulas(trained, tmp_p
         tokens, seconds = tokens + record["train/tokens"], seconds + record["time/step_seconds"]
         assert record["step"] == n
         assert record["train/learning_rate"] == pytest.approx(1e-2 * rate, rel=1e-5)
-        assert record["rollout/tokens_total"] == tokens
+        assert record["rollout/tokens_total"] == tokens == record["cost/generated_tokens_total"] == record["cost/scored_tokens_total"]
         assert record["time/total_seconds"] == pytest.approx(seconds)
         assert record["rollout/tokens_per_second"] == pytest.approx(record["train/tokens"] / record["time/step_seconds"])

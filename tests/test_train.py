@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from opd_jax import checkpoint, machine, metrics, model_io, train
+from opd_jax import checkpoint, cost, machine, metrics, model_io, train
 from opd_jax import config as config_lib
 from opd_jax.types import UserError
 
@@ -98,6 +98,25 @@ def assert_same_student(a, b):
     a, b = (jax.tree.leaves(model_io.open_model(str(path)).params) for path in (a, b))
     for x, y in zip(a, b, strict=True):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def test_a_run_of_a_version_that_did_not_count_goes_on_from_its_completions(teacher, tmp_path):
+    """What prompts cost until then is left out: 2 N of the sampler, 2 N of the teacher and 6 N of the student for each token of them."""
+    whole = list(train.run(opd_config(teacher), tmp_path / "whole"))
+    for record in train.run(opd_config(teacher), tmp_path / "older"):
+        if record["step"] == 2:
+            break
+    for saved in (tmp_path / "older" / "checkpoints").iterdir():
+        info = json.loads((saved / "info.json").read_text())
+        (saved / "info.json").write_text(json.dumps({k: v for k, v in info.items() if k not in cost.Work._fields}))
+        (saved / "manifest.json").write_text(json.dumps(checkpoint._digests(saved)))
+    last = list(train.run(opd_config(teacher), tmp_path / "older"))[-1]
+    for name in ("cost/generated_tokens_total", "cost/scored_tokens_total"):
+        assert last[name] == whole[-1][name] > 0
+    N = cost.active_parameters(model_io.open_model(str(teacher)).config)
+    prompts = 2 * 8 * len("123=")
+    assert whole[-1]["cost/flops_total"] - last["cost/flops_total"] == 10 * N * prompts
+    assert whole[-1]["cost/flops_total"] == 10 * N * (5 * 8 * 4 + whole[-1]["rollout/tokens_total"])
 
 
 def test_rerun_of_a_finished_run_changes_nothing(teacher, tmp_path):

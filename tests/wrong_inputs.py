@@ -182,6 +182,12 @@ HOSTILE_RUN = {
         signed_info('{"base_hash": "", "teacher_hash": "", "data_hash": "", "prompts_hash": "", "tokens_total": "x"}'),
         "ROOM/run/checkpoints/2: info.json has tokens_total = 'x'; restore it, or give another --workdir",
     ),
+    "a count of another kind": (
+        signed_info(
+            '{"base_hash": "", "teacher_hash": "", "data_hash": "", "prompts_hash": "", "tokens_total": 1, "seconds": 1, "flops": null}'
+        ),
+        "ROOM/run/checkpoints/2: info.json has flops = None; restore it, or give another --workdir",
+    ),
     "a checkpoint under another name": (
         rename("run/checkpoints/2", "run/checkpoints/77"),
         "ROOM/run/checkpoints/77: holds the state after 2 updates; rename it back",
