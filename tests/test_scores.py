@@ -46,7 +46,7 @@ def test_a_large_vote_is_exact_and_cheap():
 
 def test_ballots_count_equal_answers_and_what_is_accepted_as_one():
     answers = [["3", "3.0", "7", None, "7"], ["1", "1", "2", "2", None]]
-    rewards = [[1, 1, 0, 0, 0], [0, 0, 0, 0, 1]]  # the last one is accepted although it gives no answer
+    rewards = [[1, 1, 0, 0, 0.9], [0, 0, 0, 0, 1]]  # 0.9 is not accepted; the last one is accepted although it gives no answer
     votes_PK = scores.ballots(answers, np.array(rewards))
     np.testing.assert_array_equal(votes_PK[0], [0, 0, votes_PK[0, 4], -1, votes_PK[0, 2]])
     assert votes_PK[0, 2] > 0 and len(set(votes_PK[1].tolist())) == 3 and votes_PK[1, 4] == 0

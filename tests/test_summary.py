@@ -130,7 +130,10 @@ def test_an_interval_stays_within_what_its_metric_can_be(tmp_path):
     (group,) = groups(*seeds(tmp_path, (1.0, 0.98)))
     value, low, high = group.estimate("eval/accuracy", [run.records[-1] for run in group.runs])
     assert value == 0.99 and high == 1.0 and low < 0.9
-    assert group.estimate("eval/reverse_kl", [{"eval/reverse_kl": 0.01}, {"eval/reverse_kl": 2.0}])[1] == 0
+    for name in ("eval/reverse_kl", "eval/reverse_kl_on_teacher"):
+        assert group.estimate(name, [{name: 0.01}, {name: 2.0}])[1] == 0
+    domain = "eval/accuracy/algebra"
+    assert group.estimate(domain, [{domain: 0.0}, {domain: 1.0}])[1:] == (0, 1)
     low, high = group.estimate("train/log_ratio_mean", [{"train/log_ratio_mean": -0.1}, {"train/log_ratio_mean": 2.0}])[1:]
     assert low < -10 and high > 10
 

@@ -268,6 +268,12 @@ def planned(*gammas, seeds=1, metrics=("eval/accuracy",)):
     return plan.make(QUICK, sweeps.Sweep(sweeps.over("estimator.gamma", *gammas), seeds=seeds, metrics=metrics))
 
 
+def test_the_accuracy_of_a_domain_is_a_metric():
+    assert planned(0.1, metrics=("eval/accuracy/algebra",)).trials
+    with pytest.raises(ConfigError, match="eval/accuracy/: no run writes it"):
+        planned(0.1, metrics=("eval/accuracy/",))
+
+
 def finished(made, folder, accuracies):
     """Run directories with these accuracies, None for one that failed; the trials beyond are not finished."""
     for trial, accuracy in zip(made.trials, accuracies, strict=False):

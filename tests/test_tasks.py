@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd_jax.data import tasks
-from opd_jax.data.tasks import Example, Verdict, arithmetic, jsonl
+from opd_jax.data.tasks import Example, Verdict, arithmetic, gsm8k, jsonl, math
 from opd_jax.types import UserError
 
 
@@ -160,3 +160,25 @@ def test_unknown_task_and_level_are_refused():
         make("aritmetic")
     with pytest.raises(UserError, match="task.level = 1 must be from 2 to 100"):
         make(level=1)
+
+
+@pytest.mark.parametrize(
+    ("task", "texts", "expected"),
+    [
+        (make(), ["304", "", "304 "], ["304", None, "304 "]),  # exact match: white space makes another answer
+        (jsonl.Jsonl((), (), ""), [" a\n", "a", " \n"], ["a", "a", None]),
+        (
+            gsm8k.Gsm8k((), (), ""),
+            ["so\n#### 1,000.0", "it is 1000", "nothing", "1/2", "0.5", "1/0"],
+            ["1000", "1000", None, "1/2", "1/2", None],
+        ),
+        (math.Math((), (), ""), ["\\boxed{1} or \\boxed{ x+1 }", "x+1"], ["x+1", None]),
+    ],
+    ids=["arithmetic", "jsonl", "gsm8k", "math"],
+)
+def test_votes_are_the_answers_that_verify_compares(task, texts, expected):
+    assert tasks.votes(task, texts) == expected
+
+
+def test_a_task_that_does_not_say_what_an_answer_is_has_no_votes():
+    assert tasks.votes(make("unconditional"), ["a"]) is None

@@ -21,6 +21,7 @@ CURVES = (
     "eval/accuracy",
     "eval/sampled_accuracy",
     "eval/reverse_kl",
+    "eval/reverse_kl_on_teacher",
     "eval/forward_kl",
     "train/reverse_kl",
     "train/log_ratio_mean",

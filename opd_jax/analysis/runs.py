@@ -79,7 +79,7 @@ def within(name: str, low, high):
     """(low, high) cut off: a share is in [0, 1], a divergence, entropy, length or norm at least 0, whatever Student's t says."""
     described = metrics.GLOSSARY.get(glossary.entry(name))
     fraction = described is not None and described.unit == "fraction"
-    least = 0 if fraction or name.endswith(("_kl", "entropy", "length", "grad_norm")) else -np.inf
+    least = 0 if fraction or name.endswith(("_kl", "_kl_on_teacher", "entropy", "length", "grad_norm")) else -np.inf
     return np.clip(low, least, None), np.clip(high, None, 1 if fraction else np.inf)
 
 
