@@ -82,29 +82,26 @@ def evaluator():
         max_new_tokens=T,
         student_prompts=pipeline.Encoder(byte(), 16, "refuse"),
         teacher_prompts=None,
-        seed=0,
+        seed=14,
         mesh=parallel.make_mesh(1, 1, 1),
         inject_error=True,
     )
 
 
 def test_recovery_is_the_share_of_the_solution_that_greedy_decoding_gives(evaluator):
-    made = evaluator._injected
-    right = total = 0
+    made, right = evaluator._injected, [0, 0, 0]
     for row in range(3):
         state = int(made.prompts.tokens_BS[row][made.prompts.mask_BS[row]].sum())
-        gold = made.gold_NT[row][made.mask_NT[row]].tolist()
-        total += len(gold)
-        for token in gold:
+        for token in made.gold_NT[row][made.mask_NT[row]].tolist():
             written = WRITES[state % len(WRITES)]
-            right, state = right + (written == token), state + written
+            right[row], state = right[row] + (written == token), state + written
             if written == STOP:  # what was not written is not right
                 break
+    assert sorted(right) == [0, 1, 2] and made.mask_NT.sum(1).tolist() == [4, 3, 2]  # rows that can be told apart
     with jax.set_mesh(evaluator.mesh):
         found = evaluator._recovery({})
-    assert 0 < right < total == made.mask_NT.sum()
-    assert found["eval/recovery"] == pytest.approx(right / total)
-    assert found["eval/recovery_low"] <= right / total <= found["eval/recovery_high"]
+    assert found["eval/recovery"] == pytest.approx(3 / 9)
+    assert found["eval/recovery_low"] <= 3 / 9 <= found["eval/recovery_high"]
 
 
 def rollouts(evaluator, texts):
