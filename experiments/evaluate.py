@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
         values = evaluator(pair.student.params)
     progress.close()
     for name, value in values.items():
-        print(f"{name:28} {value:.4f}")
+        print(f"{name:32} {value:.4f}")
     if OUT.value:
         try:
             pathlib.Path(OUT.value).write_text(json.dumps(values, indent=2) + "\n")

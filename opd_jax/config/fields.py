@@ -139,7 +139,7 @@ class Mesh:
 class Eval:
     every: int = 0  # updates between evaluations; 0: before the first and after the last update only
     prompts: int = 64  # held-out prompts; 0: no evaluation
-    samples: int = 4  # sampled completions per prompt (avg@k, pass@k, KL), at temperature 1
+    samples: int = 4  # sampled completions per prompt (avg@k, pass@k, maj@k, KL), at temperature 1
     batch_size: int = 64  # rollouts evaluated at once
     inject_error: bool = False  # also how the student goes on after an error in a gold solution (eval/recovery): one more greedy pass
 
