@@ -16,7 +16,7 @@ import pytest
 import transformers
 from test_learner import make_case, make_objective
 
-from opd_jax import checkpoint, learner, metrics, model_io, parallel, score, train
+from opd_jax import checkpoint, cost, learner, metrics, model_io, parallel, score, train
 from opd_jax import config as config_lib
 from opd_jax.data import tokenizer
 from opd_jax.models import hf, lora, peft, spec, transformer
@@ -227,15 +227,18 @@ def lora_config(folders, **changes):
 
 @pytest.mark.slow
 def test_a_run_trains_the_adapter_alone_and_resumes_bit_for_bit(folders, tmp_path):
-    list(train.run(lora_config(folders), tmp_path / "whole"))
+    last = list(train.run(lora_config(folders), tmp_path / "whole"))[-1]
     list(train.run(lora_config(folders, steps=2), tmp_path / "parts"))
-    list(train.run(lora_config(folders), tmp_path / "parts"))
+    assert list(train.run(lora_config(folders), tmp_path / "parts"))[-1]["cost/flops_total"] == last["cost/flops_total"]
     whole, parts = (model_io.open_base_and_adapter(tmp_path / name) for name in ("whole", "parts"))
     assert spec.content_hash(whole[1]) == spec.content_hash(parts[1])
     assert spec.content_hash(whole[0].params) == spec.content_hash(hf.load(folders / "student")[0])
     assert all(float(abs(pair["b"]).max()) > 0 for pair in whole[1]["layers"]["0"]["attention"].values())
     saved = (tmp_path / "whole" / "checkpoints" / "4" / "state" / "_METADATA").read_text()
     assert "attention" in saved and "embed" not in saved  # neither the base nor moments of it
+    N, adapter = cost.active_parameters(whole[0].config), cost.size(whole[1])
+    tokens = last["rollout/tokens_total"] + 4 * 8 * len("123=")
+    assert last["cost/flops_total"] == tokens * (2 * (N + adapter) + 2 * N + 4 * (N + adapter) + 2 * adapter)
 
 
 @pytest.mark.slow
