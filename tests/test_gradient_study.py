@@ -370,6 +370,7 @@ def run_job(c, workdir):
     )
 
 
+@pytest.mark.slow
 def test_the_default_is_one_condition_with_exact_references(tmp_path):
     result = run_job(default(study__rollouts=256, study__resamples=100), tmp_path / "out")
     names = [row["name"] for row in result.rows]

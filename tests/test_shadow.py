@@ -161,6 +161,7 @@ def test_groups_have_the_leaves_of_their_names():
     )
 
 
+@pytest.mark.slow
 def test_a_large_model_is_sketched_by_group(case):
     """Squared norms of rollouts stay exact; the vectors are sketches, linear in the gradient."""
     exact, whole = measured(case, NAMES)

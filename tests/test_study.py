@@ -4,6 +4,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LAST = {"enumerable": "gradient_study.html", "quickstart": "gradient_study.html", "toy": "toy_study.md"}
 
@@ -23,6 +25,7 @@ def test_finished_parts_are_not_made_again(tmp_path):
     assert {(tmp_path / part / name).read_text() for part, name in LAST.items()} == {"mine"}
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_ends_the_study_with_its_status(tmp_path):
     """The folder of the first part is a file, which its command refuses."""
     (tmp_path / "enumerable").write_text("")

@@ -10,6 +10,7 @@ import pytest
 import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import mostly_slow
 
 from opd_jax.numerics import entries
 from opd_jax.numerics.divergences import divergence
@@ -18,6 +19,7 @@ from opd_jax.numerics.token_stats import DenseHead, Signal, Target, token_stats
 
 V, K = 6, 2
 KINDS = [(kind, beta) for kind, takes in entries.DIVERGENCES.items() for beta in ((0.0, 0.3, 1.0) if takes else (None,))]
+FEW = [("reverse_kl", None), ("jsd", 0.3)]
 TOPK = [support for support in SUPPORTS if support.startswith("topk")]
 NO_TOKEN = [support for support in TOPK if not support.endswith("+token")]
 EXACT = ("generalised", "renormalise", "bucket", "none")  # tails without a sampled token
@@ -105,7 +107,7 @@ def mean_over_draws(student, teacher, **arguments):
     return np.asarray(softmax(student[0, 0])) @ gradients, np.asarray(gradients)
 
 
-@pytest.mark.parametrize("kind, beta", KINDS)
+@pytest.mark.parametrize("kind, beta", mostly_slow(KINDS, FEW.__contains__))
 def test_values_and_gradients_of_all_supports_and_tails_equal_loops_in_float64(kind, beta, float64):
     """Gradients by finite differences of the loops with the support held fixed; those of the sampled tails are tested in expectation."""
     student, teacher, tokens = logits(0)
@@ -127,7 +129,7 @@ def test_the_linear_part_makes_an_entry_stationary_where_the_laws_agree(kind, be
     assert entries.linear(kind, beta) == pytest.approx(-derivative(plain_entry(kind, beta), 0.3, 0.3), abs=1e-9)
 
 
-@pytest.mark.parametrize("kind, beta", KINDS)
+@pytest.mark.parametrize("kind, beta", mostly_slow(KINDS, FEW.__contains__))
 @pytest.mark.parametrize("support", NO_TOKEN)
 def test_the_sampled_tail_has_the_expected_gradient_of_the_whole_vocabulary(support, kind, beta, float64):
     student, teacher, tokens = logits(1)
@@ -196,7 +198,7 @@ def test_the_head_without_its_linear_part_has_its_minimum_at_q_over_e(float64):
         np.testing.assert_allclose(np.asarray(softmax(found.x))[inside] / q[inside], ratio, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind, beta", KINDS)
+@pytest.mark.parametrize("kind, beta", mostly_slow(KINDS, FEW.__contains__))
 def test_equal_laws_give_exactly_0_with_no_gradient_but_for_the_plain_head(kind, beta):
     """To the last bit in float32; the sampled tail for each single draw."""
     student, _, tokens = logits(4, scale=15.0)
@@ -243,7 +245,7 @@ def test_sampled_support_is_trls_sampled_token_loss(float64):
     np.testing.assert_allclose(gradients, leaf.grad.numpy()[:, 0], atol=1e-12)
 
 
-@pytest.mark.parametrize("kind, beta", KINDS)
+@pytest.mark.parametrize("kind, beta", mostly_slow(KINDS, FEW.__contains__))
 def test_k_of_the_vocabulary_is_full_to_the_last_bit(kind, beta):
     """Whatever the tail; also where only padding rows are left outside, whose number is not known when the program is made."""
     student, teacher, tokens = (np.asarray(x) for x in logits(7))

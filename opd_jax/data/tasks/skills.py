@@ -88,6 +88,9 @@ class Skills(GeneratedTask):
         """Exact match; the feedback names the first character that is no digit (not well formed), otherwise the first wrong digit."""
         return judge_digits(text, example.answer, unit="digit")
 
+    def vote(self, text: str) -> str | None:
+        return text or None
+
 
 @functools.cache
 def facts(seed: int, length: int) -> tuple[tuple[str, str], ...]:
