@@ -5,11 +5,13 @@
 Without models it studies a random student of 3 tokens whose completions can be listed: sampled rollouts against exact gradients, in
 seconds. `--config.student.path=DIR --config.teacher.path=DIR` studies your pair. Arguments after the colon:
 
-enumerable  the default, at completion lengths 2 to 6, discounts and a group size
+one         the default: that random student at one condition, completions of 4 tokens, one rollout per prompt
+enumerable  the same kind of student at completion lengths 2 to 6 (each that of 6, cut off), three discounts, and 4 rollouts per prompt
 quickstart  the pair of the quickstart (0.18M parameters, made on first use), by discount, group size, temperature and nucleus mass
 stories     your pair (student.path and teacher.path), completion lengths 16 to 128 from unconditional prompts; the figures in README.md
             are for a pruned Llama of 0.21M parameters (karpathy's stories260K)
-tiny        a pair of a few thousand parameters, made on first use, in seconds: for tests. seed=N
+tiny        a pair of a few thousand parameters, made on first use, in seconds: for tests. It takes the place of `one` alone
+seed=N      of the student, its teacher and all draws; 0
 """
 
 from opd_jax import config

@@ -99,10 +99,10 @@ def _check_config_files() -> None:
 def _flag_message(error: Exception) -> str:
     if isinstance(error, OSError):
         return f"--config: the file cannot be loaded ({str(error).splitlines()[-1].strip()}); give an existing file"
-    if "Traceback" in str(error):  # ml_collections wraps what a config file raised into a text with its traceback, whose lines are indented
-        raised = re.split(r"^ .*\n", str(error).strip(), flags=re.MULTILINE)[-1]
-        mistake = re.match(r"[\w.]*\b(?:ConfigError|UserError): ", raised)
-        return raised[mistake.end() :] if mistake else f"--config: the file cannot be loaded ({raised}); correct the file"
+    if "Traceback" in str(error):  # ml_collections wraps what a config file raised into a text with its traceback
+        raised = _raised(error)
+        said = f"{type(raised).__name__}: {raised}"
+        return str(raised) if isinstance(raised, UserError) else f"--config: the file cannot be loaded ({said}); correct the file"
     if isinstance(error, UserError | flags.Error):
         return str(error)
     if isinstance(error, KeyError | AttributeError):  # ml_collections: a field that does not exist, quoted once or twice
@@ -111,6 +111,13 @@ def _flag_message(error: Exception) -> str:
         flag = next((argument for argument in sys.argv[1:] if name in argument), "--config")
         return f"{flag}: there is no field {name!r}; {hint or 'opd_jax/config/fields.py has them all'}"
     return f"{type(error).__name__}: {error}"
+
+
+def _raised(error: BaseException) -> BaseException:
+    """What the config file itself raised: the first of the chain that does not quote a traceback."""
+    while "Traceback" in str(error) and error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 def _refuse(message: str) -> int:

@@ -323,6 +323,12 @@ SCRIPTS = {
         "train.py",
         (OWN, NEW),
     ),
+    "an argument that the config does not have": (
+        nothing,
+        "config argument 'storys' is not known; valid: one, enumerable, quickstart, stories, tiny, pair=..., seed=...; did you mean stories?",
+        "gradient_study.py",
+        ("--config=configs/gradient_study.py:storys", NEW),
+    ),
     "a config that exits": (
         text("own.py", "raise SystemExit(0)"),
         "--config: the file ends the program (sys.exit) instead of giving a config; correct the file",

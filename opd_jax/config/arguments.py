@@ -1,5 +1,6 @@
 """The text after the colon of `--config=FILE.py:arg`."""
 
+import difflib
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -26,7 +27,9 @@ def parse_arg(arg: str | None, **declared):
         else:
             flags = [n for n, v in declared.items() if isinstance(v, bool)]
             valid = [*choices, *flags, *(f"{n}=..." for n in declared if n not in flags)]
-            raise ConfigError(f"config argument {part!r} is not known; valid: {', '.join(valid)}")
+            near = difflib.get_close_matches(part, valid, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"config argument {part!r} is not known; valid: {', '.join(valid)}{hint}")
     return ConfigDict(result)
 
 
