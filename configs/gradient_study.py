@@ -10,7 +10,7 @@ enumerable  the same kind of student at completion lengths 2 to 6 (each that of 
 quickstart  the pair of the quickstart (0.18M parameters, made on first use), by discount, group size, temperature and nucleus mass
 stories     your pair (student.path and teacher.path), completion lengths 16 to 128 from unconditional prompts; the figures in README.md
             are for a pruned Llama of 0.21M parameters (karpathy's stories260K)
-tiny        a pair of a few thousand parameters, made on first use, in seconds: for tests. It takes the place of `one` alone
+tiny        the quickstart's pair with a few thousand parameters, one condition, in seconds: for tests
 seed=N      of the student, its teacher and all draws; 0
 """
 

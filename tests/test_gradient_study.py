@@ -95,6 +95,36 @@ def test_rollouts_of_a_group_are_correlated_where_a_baseline_looks_across():
         gradient_study.enumerated(model, names, exact=True)
 
 
+@pytest.mark.parametrize("changes", [{"features": 2}, {"stop": 2, "observed": (1,)}], ids=["shared", "ragged"])
+def test_a_truncated_model_is_the_same_student_on_shorter_completions(changes, float64):
+    """Every completion has the probability of those it begins; features and teacher of a prefix stay; nothing changes at full length."""
+    whole = enumeration.make("whole", length=4, seed=1, **changes)
+    short = whole.truncated(2)
+    keys = lambda model: [(*t, *m) for t, m in zip(model.tokens_NT[:, :2].tolist(), model.mask_NT[:, :2].tolist(), strict=True)]
+    assert len(keys(short)) == len(set(keys(short))) == len(set(keys(whole))) < len(keys(whole))
+    np.testing.assert_array_equal(short.theta_FV, whole.theta_FV)
+    for at, key in enumerate(keys(short)):
+        same = [n for n, other in enumerate(keys(whole)) if other == key]
+        assert float(whole.probability_N[np.array(same)].sum()) == pytest.approx(float(short.probability_N[at]))
+        for n in same:
+            np.testing.assert_array_equal(short.features_NTF[at], whole.features_NTF[n, :2])
+            np.testing.assert_array_equal(short.teacher_logits_NTV[at], whole.teacher_logits_NTV[n, :2])
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(whole.truncated(4)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_lengths_of_an_enumerable_study_are_of_one_student(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(study_enumerated, "measured", lambda model, *_, **__: (seen.append(model), ([], None))[1])
+    monkeypatch.setattr(study_tables, "neighbours", lambda *_: [])
+    monkeypatch.setattr(study_tables, "growth_of", lambda _: [])
+    run_job(default(study__lengths="2,5", study__group_sizes="4"), tmp_path / "out")
+    assert [model.tokens_NT.shape for model in seen] == [(81, 4), (9, 2), (243, 5), (81, 4)]
+    for model in seen:
+        np.testing.assert_array_equal(model.theta_FV, seen[2].theta_FV)
+        np.testing.assert_array_equal(model.features_NTF[0], seen[2].features_NTF[0, : model.tokens_NT.shape[1]])
+
+
 # ---- a student and a teacher
 
 PLAN = Plan(reference=2, batch_size=16, microbatch=8, position_parts=2, sketch=256, resamples=200)

@@ -64,6 +64,13 @@ class Enumerable:
     def probability_N(self) -> jax.Array:
         return jnp.exp(self.log_probability(self.logits(self.theta_FV)))
 
+    def truncated(self, length: int) -> "Enumerable":
+        """The same student and teacher (theta, and features and teacher's logits of every prefix) with completions cut after `length`."""
+        written = np.concatenate([self.tokens_NT[:, :length], self.mask_NT[:, :length]], axis=1)
+        first = np.sort(np.unique(written, axis=0, return_index=True)[1])
+        rows = ("features_NTF", "teacher_logits_NTV", "tokens_NT", "mask_NT")
+        return dataclasses.replace(self, **{name: getattr(self, name)[first, :length] for name in rows})
+
     def law(self, logits_NTV: jax.Array | None = None, **change) -> SamplingLaw:
         """The law that draws from logits (None: the student's own) changed by temperature, top_p, top_k or min_p, as the sampler does.
 

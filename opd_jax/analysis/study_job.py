@@ -52,7 +52,10 @@ def run(config: Config, workdir: str | os.PathLike, *, make_model: Callable[[str
 
 
 def _enumerable(config: Config, workdir, shadows, settings, plan) -> study_tables.Result:
-    """Random models whose features are shared between prefixes; their sampled rollouts against exact gradients."""
+    """A random student whose features are shared between prefixes; its sampled rollouts against exact gradients.
+
+    It is made for the longest completions, and cut off for shorter ones, so that rows over T speak of one student.
+    """
     started = time.monotonic()
     for setting in settings:
         if VOCABULARY**setting.T > MOST_COMPLETIONS or (setting.temperature, setting.top_p, setting.step) != (1.0, 1.0, None):
@@ -64,9 +67,12 @@ def _enumerable(config: Config, workdir, shadows, settings, plan) -> study_table
     study_report.check_folder(workdir)
     laboratories, rows, pairs = [], [], []
     sizes = {"rollouts": config.study.rollouts, "resamples": plan.resamples, "seed": config.seed}
+    with jax.enable_x64(True):
+        longest = max(setting.T for setting in settings)
+        whole = enumeration.make("shared", vocab=VOCABULARY, length=longest, features=2, seed=config.seed)
     for number, setting in enumerate(settings):
         with jax.enable_x64(True):
-            model = enumeration.make("shared", vocab=VOCABULARY, length=setting.T, features=2, seed=config.seed)
+            model = whole.truncated(setting.T)
         here = shadows if number == 0 else [one for one in shadows if one.default]
         found, laboratory = study_enumerated.measured(model, here, group_size=setting.group_size, **sizes)
         laboratories.append((setting, here, laboratory))
