@@ -27,7 +27,9 @@ from opd_jax.analysis import (
 )
 from opd_jax.analysis.study_conditions import Condition, Plan, Shadow
 from opd_jax.config import ConfigError
+from opd_jax.data import tokenizer
 from opd_jax.metrics import Progress
+from opd_jax.model_io import LoadedModel
 from opd_jax.models import spec, transformer
 from opd_jax.numerics.estimators import REGISTRY, TARGETS
 from opd_jax.types import Prompts, UserError
@@ -410,13 +412,13 @@ def test_the_default_is_one_condition_with_exact_references(tmp_path):
     first = (tmp_path / "out" / "gradient_study.json").read_bytes()
     study_report.write(run_job(default(study__rollouts=256, study__resamples=100), tmp_path / "out"), tmp_path / "out")
     assert (tmp_path / "out" / "gradient_study.json").read_bytes() == first
-    other = run_job(default(study__rollouts=256, study__resamples=100, seed=1), tmp_path / "out")
+    other = run_job(default(study__rollouts=256, study__resamples=100, seed=1), tmp_path / "other")
     assert other.rows[0]["variance"] != result.rows[0]["variance"]
 
 
 RECIPE = {"student__recipe": "configs/quickstart.py:student,tiny", "teacher__recipe": "configs/quickstart.py:teacher,tiny"}
 WRONG = {
-    "a name": ({"study__estimators": "tokn"}, ["study.estimators", "'tokn'", "did you mean token?"]),
+    "a name": ({"study__estimators": "tokn"}, ["config field study.estimators: 'tokn'", "did you mean token?"]),
     "a name twice": ({"study__estimators": "token,token"}, ["study.estimators", "different names"]),
     "no name": ({"study__estimators": ","}, ["study.estimators", "different names"]),
     "no teacher": ({"student__path": "x"}, ["teacher.path = ''", "must name a model"]),
@@ -434,6 +436,7 @@ WRONG = {
     "another source": ({"rollout__source": "dataset"}, ["rollout.source", "'student'"]),
     "an adapter": ({"student__lora__rank": 4} | RECIPE, ["student.lora.rank = 4"]),
     "no run": ({"study__steps": "1", "student__path": "x", "teacher__path": "y"}, ["study.steps", "run directory"]),
+    "prompts for no models": ({"task__name": "unconditional"}, ["student.path = '' and teacher.path = ''", "'unconditional'"]),
     "a long enumeration": ({"rollout__max_new_tokens": 30}, ["T = 30", "lengths up to 7"]),
 }  # fmt: skip
 
@@ -455,12 +458,58 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     assert (tmp_path / "file").read_text() == "kept"
 
 
-def test_prompts_and_models_that_do_not_fit_are_refused():
-    with pytest.raises(UserError, match="give encoded Prompts"):
-        study(prompts=["a", "b"])
-    few = Prompts(*(np.asarray(x)[:4] for x in (prompts().tokens_BS, prompts().mask_BS, prompts().id_B)))
-    with pytest.raises(UserError, match=r"study.rollouts = 4"):
-        study(prompts=few)
+def test_a_folder_with_other_settings_is_refused_by_their_names(tmp_path):
+    """Before any work; what no number depends on may differ, and a study with the same settings is made again."""
+    c = default(study__rollouts=64, study__resamples=100, study__estimators="token,token_full")
+    result = run_job(c, tmp_path)
+    study_report.write(result, tmp_path, config=config_lib.parse(c))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    c.log.samples, c.cache_dir = 3, "elsewhere"
+    assert run_job(c, tmp_path).rows == result.rows
+    c.study.rollouts, c.seed = 128, 1
+    with pytest.raises(UserError, match=r"other settings \(seed: 0 -> 1; study.rollouts: 64 -> 128\); give another --workdir, or the old"):
+        run_job(c, tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+    (tmp_path / study_report.ABOUT).write_text('{"config": 3}')
+    with pytest.raises(UserError, match="does not hold the config of a study"):
+        run_job(c, tmp_path)
+
+
+def few(rows):
+    return Prompts(*(np.asarray(x)[:rows] for x in (prompts().tokens_BS, prompts().mask_BS, prompts().id_B)))
+
+
+WRONG_ARGUMENTS = {
+    "texts without a tokenizer": ({"prompts": ["a", "b"]}, ["give encoded Prompts"]),
+    "no text": ({"prompts": []}, ["prompts = [] must be a list of texts"]),
+    "one text": ({"prompts": "abc"}, ["prompts = 'abc' must be a list of texts"]),
+    "few prompts": ({"prompts": few(4)}, ["len(prompts) = 4 must be a multiple of plan.batch_size = 16"]),
+    "few groups": ({"prompts": few(8), "group_sizes": (8, 2)}, ["len(prompts) * min(group_sizes) = 16 with 8 per prompt are 2 prompts"]),
+    "a group": ({"group_sizes": (3,)}, ["plan.microbatch = 8 must be a multiple of the group size = 3"]),
+    "one length": ({"lengths": 4}, ["lengths = 4 must be a list", "write lengths=(4,)"]),
+    "no length": ({"lengths": ()}, ["lengths = () must be a list of tokens, at least 1; the first is the base condition"]),
+    "half a token": ({"lengths": (2.5,)}, ["lengths = (2.5,)"]),
+    "a nucleus": ({"top_ps": (1.0, 0.0)}, ["top_ps = (1.0, 0.0)", "above 0 and at most 1"]),
+    "one name": ({"names": "token"}, ["estimators = 'token' must be a list of names"]),
+    "an unknown name": ({"names": ("token", "tokenfull")}, ["estimators: 'tokenfull' is not known; did you mean token_full?"]),
+    "gammas of nothing": ({"names": ("token",), "gammas": (0.5,)}, ["gammas = '0.5', but none of estimators has a discount"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG_ARGUMENTS)
+def test_arguments_that_do_not_fit_are_refused_by_their_own_names(wrong):
+    changes, words = WRONG_ARGUMENTS[wrong]
+    with pytest.raises(UserError) as error:
+        study(**changes)
+    assert all(word in str(error.value) for word in words) and "config field" not in str(error.value), error.value
+
+
+def test_a_prompt_beyond_the_context_is_refused_beside_the_longest_completion():
+    params, config = tiny_model(0)
+    student = LoadedModel(params, config, tokenizer.byte())
+    text = "x" * config.max_position_embeddings
+    with pytest.raises(UserError, match=r"beside 9 of a completion .* reads at most \d+; leave it out, or lower lengths"):
+        gradient_study.study(student, student, ["ab", text], lengths=(4, 9))
 
 
 @pytest.mark.slow

@@ -325,7 +325,8 @@ SCRIPTS = {
     ),
     "an argument that the config does not have": (
         nothing,
-        "config argument 'storys' is not known; valid: one, enumerable, quickstart, stories, tiny, pair=..., seed=...; did you mean stories?",
+        "config argument 'storys' is not known; valid: one, enumerable, quickstart, stories, tiny, pair=..., seed=...; "
+        "did you mean stories?",
         "gradient_study.py",
         ("--config=configs/gradient_study.py:storys", NEW),
     ),

@@ -17,10 +17,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from opd_jax import parallel, rollout
+from opd_jax import files, parallel, rollout
 from opd_jax.analysis import gradient_stats, shadow, study_cost
 from opd_jax.analysis.gradient_stats import Laboratory, Parts, Reference, Units
-from opd_jax.analysis.study_conditions import Condition, Plan, Shadow, conditions, references_of, resolve, variants
+from opd_jax.analysis.study_conditions import (
+    ARGUMENTS,
+    Condition,
+    Plan,
+    Shadow,
+    checked_numbers,
+    conditions,
+    references_of,
+    resolve,
+    variants,
+)
 from opd_jax.analysis.study_enumerated import enumerated as enumerated
 from opd_jax.analysis.study_tables import Result, Row, growth_of, neighbours, numbers
 from opd_jax.data import pipeline
@@ -68,10 +78,17 @@ def study(
     Prompts (one row per prompt, different `id_B`); the teacher reads the student's ids. With several group sizes the number of rollouts is
     len(prompts) times the smallest. Raises UserError for names, numbers or prompts that cannot be used.
     """
-    plan = plan or Plan()
+    sweeps = {"lengths": lengths, "group_sizes": group_sizes, "temperatures": temperatures, "top_ps": top_ps}
+    sweeps = {name: checked_numbers(values, name, least=1) for name, values in sweeps.items()}
+    gammas, top_ks = checked_numbers(gammas, "gammas"), checked_numbers(top_ks, "top_ks")
+    shadows = variants(resolve(estimators, ARGUMENTS), gammas, top_ks, ARGUMENTS)
+    plan, mesh = plan or Plan(), mesh or parallel.make_mesh()
     encoded = _encode(prompts, student, max(lengths))
-    base = Condition(lengths[0], group_sizes[0], temperatures[0], top_ps[0])
-    settings = conditions(base, lengths=lengths, group_sizes=group_sizes, temperatures=temperatures, top_ps=top_ps)
+    base = Condition(*(values[0] for values in sweeps.values()))
+    settings = conditions(base, **sweeps)
+    rollouts = len(encoded.id_B) * min(group_sizes)
+    words = ARGUMENTS if min(group_sizes) > 1 else dataclasses.replace(ARGUMENTS, rollouts="len(prompts)")
+    plan.check(settings, rollouts, len(encoded.id_B), mesh, words)
     (params, config), (teacher_params, teacher_config) = (_halves(model) for model in (student, teacher))
     subject = Subject(
         params=lambda step: params,
@@ -80,10 +97,9 @@ def study(
         prompts=encoded,
         teacher_prompts=encoded,
         stop_ids=tuple(student.tokenizer.eos_ids) if isinstance(student, LoadedModel) else (),
-        mesh=mesh or parallel.make_mesh(),
+        mesh=mesh,
     )
-    shadows = variants(resolve(estimators), gammas, top_ks)
-    return run(subject, shadows, settings, len(encoded.id_B) * min(group_sizes), plan, progress or Progress(quiet=True)).rows
+    return run(subject, shadows, settings, rollouts, plan, progress or Progress(quiet=True)).rows
 
 
 def _halves(model) -> tuple[dict, Any]:
@@ -93,9 +109,18 @@ def _halves(model) -> tuple[dict, Any]:
 def _encode(prompts: Sequence[str] | Prompts, student, length: int) -> Prompts:
     if isinstance(prompts, Prompts):
         return jax.tree.map(np.asarray, prompts)
+    several = not isinstance(prompts, str) and hasattr(prompts, "__len__") and len(prompts) > 0
+    if not several or not all(isinstance(text, str) for text in prompts):
+        raise UserError(f"prompts = {files.shown(prompts)} must be a list of texts, or encoded Prompts")
     if not isinstance(student, LoadedModel):
         raise UserError("prompts are texts, but the student is (parameters, configuration) without a tokenizer; give encoded Prompts")
     room = student.config.max_position_embeddings - length
+    for text in prompts:
+        if (tokens := len(student.tokenizer.encode_prompt(text))) > room:
+            raise UserError(
+                f"prompts: {files.shown(text)} has {tokens} tokens, but beside {length} of a completion (the largest of lengths) the "
+                f"student reads at most {room}; leave it out, or lower lengths"
+            )
     encoder = pipeline.Encoder(student.tokenizer, room, "refuse")
     return encoder.encode(prompts, range(len(prompts)))[0]
 

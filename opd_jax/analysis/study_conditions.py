@@ -1,6 +1,8 @@
 """What a study compares, and on how much: conditions, variants of estimators, references, and the sizes of its sample."""
 
 import dataclasses
+import difflib
+import numbers as numbers_lib
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,8 +10,9 @@ from jax.sharding import Mesh
 
 from opd_jax.analysis import shadow
 from opd_jax.analysis.gradient_stats import LEAST_UNITS
-from opd_jax.config import Config, ConfigError, check_choice
+from opd_jax.config import Config, ConfigError
 from opd_jax.numerics.estimators import REGISTRY, Estimator
+from opd_jax.types import UserError
 
 SEQUENCE = "sequence_reverse_kl"
 ALL = "all"
@@ -57,25 +60,64 @@ def _discounts(estimator: Estimator) -> bool:
     return getattr(estimator, "gamma", 1.0) != 1.0
 
 
-def resolve(names: Sequence[str], *, field: str = "study.estimators") -> list[Estimator]:
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """What messages call the choices of a study: the fields of a config, or the arguments of a function."""
+
+    prefix: str = "config field "
+    estimators: str = "study.estimators"
+    gammas: str = "study.gammas"
+    top_ks: str = "study.top_ks"
+    temperatures: str = "study.temperatures"
+    rollouts: str = "study.rollouts"
+    batch_size: str = "rollout.batch_size"
+    microbatch: str = "study.microbatch"
+    reference: str = "study.reference"
+    devices: str = "mesh.data * mesh.fsdp"
+
+
+FIELDS = Words()
+ARGUMENTS = Words(
+    prefix="",
+    estimators="estimators",
+    gammas="gammas",
+    top_ks="top_ks",
+    temperatures="temperatures",
+    rollouts="len(prompts) * min(group_sizes)",
+    batch_size="plan.batch_size",
+    microbatch="plan.microbatch",
+    reference="plan.reference",
+    devices="data * fsdp of the mesh",
+)
+
+
+def resolve(names: Sequence[str], words: Words = FIELDS) -> list[Estimator]:
     """Estimators by name; `all` is the whole registry. Raises ConfigError with the nearest name."""
+    field, valid = words.prefix + words.estimators, (ALL, *REGISTRY)
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{field} = {names!r} must be a list of names, such as ['token', 'to_go']; valid: {', '.join(valid)}")
     for name in names:
-        check_choice(field, name, (ALL, *REGISTRY))
+        if name not in valid:
+            near = difflib.get_close_matches(name, valid, n=1, cutoff=0)[0]
+            raise ConfigError(f"{field}: {name!r} is not known; did you mean {near}? Valid: {', '.join(valid)}")
     if not names or len(set(names)) < len(names):
-        raise ConfigError(f"config field {field} = {','.join(names)!r} must hold different names; valid: {ALL}, {', '.join(REGISTRY)}")
+        raise ConfigError(f"{field} = {','.join(names)!r} must hold different names; valid: {', '.join(valid)}")
     return list(REGISTRY.values()) if ALL in names else [REGISTRY[name] for name in names]
 
 
-def variants(estimators: Sequence[Estimator], gammas: Sequence[float] = (), top_ks: Sequence[int] = ()) -> list[Shadow]:
+def variants(
+    estimators: Sequence[Estimator], gammas: Sequence[float] = (), top_ks: Sequence[int] = (), words: Words = FIELDS
+) -> list[Shadow]:
     """The estimators as they are, then those with a discount at each gamma, and those with a top-k at each k. Raises ConfigError."""
     discounted = [e for e in estimators if _discounts(e)]
     truncated = [e for e in estimators if getattr(e.signal, "k", None)]
     for field, values, having, what in (
-        ("study.gammas", gammas, discounted, "discount"),
-        ("study.top_ks", top_ks, truncated, "top-k"),
+        (words.gammas, gammas, discounted, "discount"),
+        (words.top_ks, top_ks, truncated, "top-k"),
     ):
-        if values and not having:
-            raise ConfigError(f"config field {field} = {','.join(map(str, values))!r}, but none of study.estimators has a {what}; add one")
+        if len(values) and not having:
+            given = ",".join(map(str, values))
+            raise ConfigError(f"{words.prefix}{field} = {given!r}, but none of {words.estimators} has a {what}; add one")
     others = [dataclasses.replace(e, gamma=float(gamma)) for e in discounted for gamma in gammas]
     others += [dataclasses.replace(e, signal=dataclasses.replace(e.signal, k=k)) for e in truncated for k in top_ks]
     return [Shadow(e) for e in estimators] + [Shadow(e, default=False) for e in dict.fromkeys(others) if e not in estimators]
@@ -130,44 +172,69 @@ class Plan:
     def batches(self, setting: Condition, prompts: int) -> int:
         return prompts * setting.group_size // self.batch_size
 
-    def check(self, settings: Sequence[Condition], rollouts: int, prompts: int, mesh: Mesh) -> None:
+    def check(self, settings: Sequence[Condition], rollouts: int, prompts: int, mesh: Mesh, words: Words = FIELDS) -> None:
         """Refuses sizes that do not divide each other, and samples too small for an interval."""
-        _divides("rollout.batch_size", self.batch_size, "study.rollouts", rollouts)
-        _divides("study.microbatch", self.microbatch, "rollout.batch_size", self.batch_size)
+        field = words.prefix
+        _divides(words.batch_size, self.batch_size, field + words.rollouts, rollouts)
+        _divides(words.microbatch, self.microbatch, field + words.batch_size, self.batch_size)
         ways = mesh.shape["data"] * mesh.shape["fsdp"]
         for setting in settings:
             group = setting.group_size
-            _divides("the group size", group, "study.microbatch", self.microbatch)
+            _divides("the group size", group, field + words.microbatch, self.microbatch)
             if not setting.temperature > 0:
                 raise ConfigError(
-                    f"config field study.temperatures: {setting.temperature} is greedy; an estimator needs draws of the policy"
+                    f"{field}{words.temperatures}: {setting.temperature} is greedy; an estimator needs draws of the policy"
                 )
             if not LEAST_UNITS <= rollouts // group <= prompts:
                 raise ConfigError(
-                    f"config field study.rollouts = {rollouts} with {group} per prompt are {rollouts // group} prompts; valid: from "
-                    f"{LEAST_UNITS}, which a bootstrap needs, to {prompts}, which there are; change study.rollouts or the prompts"
+                    f"{field}{words.rollouts} = {rollouts} with {group} per prompt are {rollouts // group} prompts; valid: from "
+                    f"{LEAST_UNITS}, which a bootstrap needs, to {prompts}, which there are; change {words.rollouts} or the prompts"
                 )
             if self.microbatch % ways or self.microbatch // group * self.reference % ways:
                 raise ConfigError(
-                    f"config field study.microbatch = {self.microbatch} (and study.reference = {self.reference} per {group} of them) "
-                    f"must be divisible by mesh.data * mesh.fsdp = {ways}"
+                    f"{field}{words.microbatch} = {self.microbatch} (and {words.reference} = {self.reference} per {group} of them) "
+                    f"must be divisible by {words.devices} = {ways}"
                 )
 
 
 def _divides(small: str, size: int, large: str, whole: int) -> None:
     if whole % size or whole < size:
-        raise ConfigError(f"config field {large} = {whole} must be a multiple of {small} = {size}")
+        raise ConfigError(f"{large} = {whole} must be a multiple of {small} = {size}")
 
 
-def numbers(text: str, field: str, kind: type, valid: str, fits) -> list:
-    """The numbers of a field that holds several, with commas between them. Raises ConfigError."""
+# What the numbers of a sweep may be: (type, in words, test).
+SWEPT = {
+    "lengths": (int, "tokens, at least 1", lambda v: v > 0),
+    "group_sizes": (int, "rollouts per prompt, at least 1", lambda v: v > 0),
+    "temperatures": (float, "numbers from 0.0001", lambda v: 1e-4 <= v < float("inf")),
+    "top_ps": (float, "numbers above 0 and at most 1", lambda v: 0 < v <= 1),
+    "steps": (int, "steps of checkpoints", lambda v: v >= 0),
+    "gammas": (float, "numbers from 0 to 1", lambda v: 0 <= v <= 1),
+    "top_ks": (int, "numbers of tokens, at least 1", lambda v: v > 0),
+}
+
+
+def numbers(text: str, name: str) -> list:
+    """The numbers of the field study.`name`, with commas between them. Raises ConfigError."""
+    kind, valid, fits = SWEPT[name]
     try:
         values = [kind(part) for part in text.split(",") if part.strip()]
     except ValueError:
         values = None
     if values is None or not all(fits(value) for value in values):
-        raise ConfigError(f"config field {field} = {text!r} must be {valid}, with commas between them, or empty")
+        raise ConfigError(f"config field study.{name} = {text!r} must be {valid}, with commas between them, or empty")
     return values
+
+
+def checked_numbers(values: Any, name: str, *, least: int = 0) -> list:
+    """The numbers of the argument `name` of a function. Raises UserError for what is no list of at least `least` of them."""
+    kind, valid, fits = SWEPT[name]
+    kinds = numbers_lib.Integral if kind is int else numbers_lib.Real
+    if isinstance(values, str) or not hasattr(values, "__len__"):
+        raise UserError(f"{name} = {values!r} must be a list ({valid}); write {name}=({values!r},)")
+    if len(values) < least or not all(isinstance(v, kinds) and not isinstance(v, bool) and fits(v) for v in values):
+        raise UserError(f"{name} = {values!r} must be a list of {valid}" + ("; the first is the base condition" if least else ""))
+    return [kind(value) for value in values]
 
 
 def enumerable(config: Config) -> bool:
@@ -180,21 +247,18 @@ def from_config(config: Config) -> tuple[list[Shadow], list[Condition], Plan]:
     asked, law = config.study, config.rollout
     if not enumerable(config) and not (config.teacher.path or config.teacher.recipe):
         raise ConfigError("config field teacher.path = '' must name a model, because estimators compare the student with a teacher")
+    if enumerable(config) and config.task.name != Config().task.name:
+        raise ConfigError(
+            f"config fields student.path = '' and teacher.path = '' must name models, because task.name = {config.task.name!r} has prompts "
+            "for them; give both, or leave out the task (or the argument after the colon of --config) for the small random pair"
+        )
     for name, value, whole in (("top_k", law.top_k, 0), ("min_p", law.min_p, 0.0), ("source", law.source, "student")):
         if value != whole:
             raise ConfigError(f"config field rollout.{name} = {value!r} must be {whole!r} in a study; vary temperature and top_p")
     if config.student.lora.rank:
         raise ConfigError(f"config field student.lora.rank = {config.student.lora.rank} must be 0: a study differentiates all weights")
-    positive = lambda value: value > 0
-    sweeps = {
-        "lengths": numbers(asked.lengths, "study.lengths", int, "tokens, at least 1", positive),
-        "group_sizes": numbers(asked.group_sizes, "study.group_sizes", int, "rollouts per prompt, at least 1", positive),
-        "temperatures": numbers(asked.temperatures, "study.temperatures", float, "numbers from 0.0001", lambda v: 1e-4 <= v < float("inf")),
-        "top_ps": numbers(asked.top_ps, "study.top_ps", float, "numbers above 0 and at most 1", lambda v: 0 < v <= 1),
-        "steps": numbers(asked.steps, "study.steps", int, "steps of checkpoints", lambda v: v >= 0),
-    }
-    gammas = numbers(asked.gammas, "study.gammas", float, "numbers from 0 to 1", lambda v: 0 <= v <= 1)
-    top_ks = numbers(asked.top_ks, "study.top_ks", int, "numbers of tokens, at least 1", positive)
+    asked_for = {name: numbers(getattr(asked, name), name) for name in SWEPT}
+    gammas, top_ks = asked_for.pop("gammas"), asked_for.pop("top_ks")
     shadows = variants(resolve([name.strip() for name in asked.estimators.split(",") if name.strip()]), gammas, top_ks)
     base = Condition(law.max_new_tokens, law.group_size, law.temperature, law.top_p)
     plan = Plan(
@@ -207,4 +271,4 @@ def from_config(config: Config) -> tuple[list[Shadow], list[Condition], Plan]:
         resamples=asked.resamples,
         seed=config.seed,
     )
-    return shadows, conditions(base, **sweeps), plan
+    return shadows, conditions(base, **asked_for), plan

@@ -10,7 +10,7 @@ import numpy as np
 from opd_jax.analysis import gradient_stats
 from opd_jax.analysis.enumeration import Enumerable
 from opd_jax.analysis.gradient_stats import Laboratory, Reference, Units
-from opd_jax.analysis.study_conditions import SEQUENCE, Condition, Shadow, resolve, variants
+from opd_jax.analysis.study_conditions import ARGUMENTS, SEQUENCE, Condition, Shadow, resolve, variants
 from opd_jax.analysis.study_tables import Row, numbers
 from opd_jax.numerics.estimators import Estimator
 from opd_jax.types import UserError
@@ -31,7 +31,7 @@ def enumerated(
     Batch-wide baselines see all rollouts. Raises UserError for names or sizes that cannot be used, and for `exact` with an estimator that
     looks across rows, whose expectation is over tuples of rollouts.
     """
-    shadows = variants(resolve(estimators, field="estimators"))
+    shadows = variants(resolve(estimators, ARGUMENTS))
     if not exact:
         return measured(model, shadows, rollouts=rollouts, group_size=group_size, resamples=resamples, seed=seed)[0]
     setting = Condition(model.tokens_NT.shape[1], group_size)

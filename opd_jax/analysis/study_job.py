@@ -30,7 +30,7 @@ def run(config: Config, workdir: str | os.PathLike, *, make_model: Callable[[str
     rollouts = config.study.rollouts
     plan.check(settings, rollouts, len(examples), mesh)
     _check_steps(config, settings)
-    study_report.check_folder(workdir)
+    study_report.check_folder(workdir, config)
     longest = max(setting.T for setting in settings)
     config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, max_new_tokens=longest))
     config = job.run_recipes(config, make_model)
@@ -64,7 +64,7 @@ def _enumerable(config: Config, workdir, shadows, settings, plan) -> study_table
                 f"{MOST_LENGTH}, temperature 1, top_p 1 and no steps; give models, or change the condition T = {setting.T}, temperature = "
                 f"{setting.temperature}, top_p = {setting.top_p}, step = {setting.step}"
             )
-    study_report.check_folder(workdir)
+    study_report.check_folder(workdir, config)
     laboratories, rows, pairs = [], [], []
     sizes = {"rollouts": config.study.rollouts, "resamples": plan.resamples, "seed": config.seed}
     with jax.enable_x64(True):

@@ -1,6 +1,7 @@
 """A gradient study as files: JSON, tidy CSV, figures, and a page of its own."""
 
 import csv
+import dataclasses
 import functools
 import io
 import json
@@ -51,7 +52,9 @@ KEYS = {
     "share_by_position": "share of the variance, tr Cov(part, whole) / variance, of what the tokens from-to contribute; adds up to 1",
     "share_by_parameters": "the same by parameter group",
 }
-FOLDER = "figures"
+FOLDER, ABOUT = "figures", "gradient_study_about.json"
+# Fields that no number of a study is a function of.
+FREE = ("eval.", "log.", "checkpoint.", "cache_dir")
 
 
 def write(result: Result, workdir: str | os.PathLike, *, config: config_lib.Config | None = None) -> pathlib.Path:
@@ -61,12 +64,12 @@ def write(result: Result, workdir: str | os.PathLike, *, config: config_lib.Conf
     drawn = {name: plots_study.svg(figure) for name, figure in figures.items()}
     settings = config_lib.flatten(config) if config is not None else {}
     texts = {
+        ABOUT: _json({"keys": KEYS, "cost": result.cost, "config": settings}),  # first: it says whose the others are
         "gradient_study.json": _json(result.rows),
         "gradient_study.csv": tidy(result.rows),
         "gradient_study_pairs.json": _json(result.pairs),
         "gradient_study_pairs.csv": _csv(result.pairs),
         "gradient_study_growth.json": _json(result.growth),
-        "gradient_study_about.json": _json({"keys": KEYS, "cost": result.cost, "config": settings}),
         "gradient_study.html": render(result, drawn, settings),
     }
     texts |= {f"{FOLDER}/{name}.svg": text for name, text in drawn.items()}
@@ -81,8 +84,22 @@ def write(result: Result, workdir: str | os.PathLike, *, config: config_lib.Conf
     return workdir / "gradient_study.html"
 
 
-def check_folder(workdir: str | os.PathLike) -> None:
-    """Raises UserError for a folder that cannot be made or written, before any work."""
+def check_folder(workdir: str | os.PathLike, config: config_lib.Config) -> None:
+    """Raises UserError for a folder that cannot be made or written, or that holds a study with other settings, before any work.
+
+    One with the same settings is made again, because what lies behind its paths may have changed.
+    """
+    about = pathlib.Path(workdir) / ABOUT
+    if os.path.lexists(about):
+        remedy = "give another --workdir, or restore the file"
+        previous = files.read_json(about, remedy=remedy).get("config")
+        if not isinstance(previous, dict):
+            raise UserError(f"{about}: does not hold the config of a study; {remedy}")
+        changed = config_lib.differences(previous, dataclasses.asdict(config), FREE)
+        if changed:
+            raise UserError(
+                f"--workdir={workdir}: its study has other settings ({'; '.join(changed)}); give another --workdir, or the old values"
+            )
     try:
         if not os.fspath(workdir):
             raise NotADirectoryError(20, "it is empty")

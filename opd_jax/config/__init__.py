@@ -107,14 +107,14 @@ def unknown_field(name: str, valid: list[str]) -> str:
     return f"config field {name} does not exist; {hint}"
 
 
-def differences(old: dict, new: dict) -> list[str]:
-    """Fields of two nested config dicts that differ and that a resumed run may not change, as `name: old -> new`."""
+def differences(old: dict, new: dict, free: tuple[str, ...] = FREE_ON_RESUME) -> list[str]:
+    """Fields of two nested config dicts that differ and that a resumed run may not change, as `name: old -> new`; `free` ones may."""
     # A run of an earlier version lacks the fields that came since; their defaults are what it did.
     old, new = flatten(Config()) | flatten(old), flatten(new)
     changed = []
     for name in sorted(old.keys() | new.keys()):
         before, after = old.get(name), new.get(name)
         grown = name == "steps" and before is not None and after is not None and after >= before
-        if before != after and not grown and not name.startswith(FREE_ON_RESUME):
+        if before != after and not grown and not name.startswith(free):
             changed.append(f"{name}: {before!r} -> {after!r}")
     return changed
