@@ -16,6 +16,7 @@ from opd_jax.analysis import (
     enumeration,
     gradient_stats,
     gradient_study,
+    plots,
     plots_study,
     shadow,
     study_conditions,
@@ -363,6 +364,84 @@ def test_figures_take_rows_that_differ_in_their_field_alone():
     assert plots_study.sweep(rows, "T") == {"token": [rows[3], rows[0]], "discounted": [rows[4], rows[1]]}
     assert plots_study.sweep(rows, "gamma") == {"discounted": [rows[2], rows[1]]}
     assert plots_study.sweep(rows, "top_p") == {} and list(plots_study.sweep(rows[5:], "T")) == []
+
+
+def told(name, group_size=1, T=4, gamma=None, unresolved=(), **values):
+    """A row as the laboratory gives it, its numbers 2 [1, 3] unless they are in `values`."""
+    row = {"name": name, **Condition(T, group_size).keys(None), "gamma": gamma, "target": "t", "reference": "exact"}
+    row |= {"reference_sequence": "exact", "prompts": 64 // group_size}
+    for number in NUMBERS:
+        value, low, high = values.get(number, (2.0, 1.0, 3.0))
+        row |= {number: None if number in unresolved else value, f"{number}_low": low, f"{number}_high": high}
+    return row
+
+
+def test_figures_say_what_their_axes_and_pale_bars_are():
+    rows = [told("token", unresolved=["bias_sequence"]), told("discounted", gamma=0.9), told("to_go", unresolved=["bias_sequence"])]
+    rows += [told("discounted", gamma=0.5), told("token", group_size=4), told("token", T=8)]
+    figures = plots_study.figures(rows)
+    assert {name.partition("_by_")[2] for name in figures if name.startswith("variance_by_")} == {"T", "gamma", "group_size"}
+    assert {"bias_sequence", "cosine_sequence_by_T", "cosine_sequence_by_gamma", "snr_by_group_size"} <= set(figures)
+    assert not {"bias_sequence_by_group_size", "cosine_sequence_by_group_size"} & set(figures)  # constant by construction
+    for name, figure in figures.items():
+        (axes,) = figure.axes
+        quantity = name.partition("_by_")[0]
+        title, label = plots_study.QUANTITIES[quantity]
+        assert axes.get_title(loc="left") == title and label == (axes.get_ylabel() if "_by_" in name else axes.get_xlabel())
+    assert figures["bias_sequence"].axes[0].get_title(loc="left") == "distance of E g from the sequence-level gradient"
+    (legend,) = figures["bias_sequence"].legends  # two pale bars, one entry
+    assert [text.get_text() for text in legend.get_texts()] == ["not resolved from 0: what is possible"]
+    assert figures["variance"].legends == []
+    style = lambda figure: [(line.get_color(), line.get_linestyle(), line.get_marker()) for line in figures[figure].axes[0].lines]
+    assert style("variance_by_gamma") == [(plots.colour(1), "--", plots.marker(1))]  # its place in the study, not in the figure
+
+
+def test_styles_of_24_curves_are_distinct_in_line_and_colour_and_neighbours_in_marker():
+    assert len({(plots.colour(n), plots.line(n)) for n in range(24)}) == 24
+    assert len({(plots.colour(n), plots.line(n), plots.marker(n)) for n in range(120)}) == 120
+    assert all(plots.marker(n) != plots.marker(n + 8) != plots.marker(n + 1) for n in range(24))
+
+
+def test_ticks_have_no_superscripts():
+    written = [plots_study.plain(value) for value in (0.3, 1, 300, 3e6, 1e-7)]
+    assert written == ["0.3", "1", "300", "3e6", "1e-7"]
+    wide = told("token", variance=(1e5, 10.0, 1e7))
+    figure = plots_study.intervals([wide], "variance")
+    figure.draw_without_rendering()
+    labels = [text.get_text() for text in figure.axes[0].get_xticklabels()]
+    assert "1e5" in labels and not [label for label in labels if "$" in label or label.startswith("3")]
+
+
+def test_the_page_has_the_variance_in_a_batch_where_prompts_have_several_rollouts():
+    rows = [told("token"), told("token", group_size=4, variance_batch=(0.123456, 0.1, 12345.6))]
+    header, alone, grouped = study_report.table(rows)
+    at = header.index("variance in a batch, per rollout")
+    assert alone[at] == "" and grouped[at] == "0.123 [0.100, 1.23e4]"
+    assert study_report.table(rows[:1])[0] == ["estimator", "variance", "SNR of a rollout", "bias", "bias, sequence level",
+                                               "cosine, sequence level"]  # fmt: skip
+    assert study_report.bootstraps(rows) == ["64 prompts where group_size = 1", "16 prompts where group_size = 4"]
+
+
+def test_the_page_explains_the_names_that_are_on_it():
+    result = study_tables.Result([told("token"), told("token", group_size=4)], [], [], {})
+    names = dict(study_report.meanings(result, ["variance", "share_by_position"]))
+    assert {"group_size", "SNR of a rollout", "variance in a batch, per rollout", "share of the variance by position"} <= set(names)
+    assert not {"T", "step", "snr", "norm_error", "unbiased", "share of the variance by parameters"} & set(names)
+    page = study_report.render(result, {}, {})
+    section = page[page.index("What the names mean") :]
+    assert "`" not in page and "other than <code>variance</code> where" in section and 'class="wrapped"' in section
+    assert all(f">{name}<" in section for name in set(names) - {"share of the variance by position"})
+    assert "64 prompts where group_size = 1, 16 prompts where group_size = 4." in page and "null" not in section
+
+
+def test_the_table_for_a_terminal_says_which_condition_it_is():
+    rows = [told("token", unresolved=["bias"]), told("discounted", gamma=0.9), told("discounted", gamma=0.0), told("token", T=8)]
+    assert study_report.text_table(rows).splitlines() == [
+        "base condition: T = 4, group_size = 1, temperature = 1.0, top_p = 1.0; 95% bootstrap over 64 prompts",
+        "estimator                 variance           SNR of a rollout   bias                       bias, sequence level",
+        "token                     2.00 [1.00, 3.00]  2.00 [1.00, 3.00]  not resolved [1.00, 3.00]  2.00 [1.00, 3.00]",
+        "discounted (gamma = 0.9)  2.00 [1.00, 3.00]  2.00 [1.00, 3.00]  2.00 [1.00, 3.00]          2.00 [1.00, 3.00]",
+    ]
 
 
 # ---- the script

@@ -12,6 +12,7 @@ INK = "#010203"  # stands for the page's text colour, whatever the page's theme
 # Contrast of at least 3 to 1 on white and on the dark page; neighbours differ in lightness or in their line as well as in hue.
 COLOURS = ("#3b82f6", "#e0620d", "#0d9668", "#a855f7", "#ef4444", "#a1810b", "#0891b2", "#ec4899")
 LINES = ("solid", "dashed", "dotted")
+MARKERS = ("o", "s", "^", "D", "v")
 
 STYLE = {
     "svg.fonttype": "none",
@@ -37,6 +38,11 @@ def colour(number: int) -> str:
 def line(number: int) -> str:
     """The line of curve `number`: solid, dashed or dotted, in turn."""
     return LINES[number % len(LINES)]
+
+
+def marker(number: int) -> str:
+    """The marker of curve `number`; with 8 colours, 3 lines and 5 markers, which have no common factor, 120 curves differ."""
+    return MARKERS[number % len(MARKERS)]
 
 
 def curves(series: Sequence[dict], *, title: str, unit: str) -> str:

@@ -5,21 +5,25 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
+import matplotlib.axis
 import matplotlib.figure
 import matplotlib.ticker
 
 from opd_jax.analysis import plots
 
 Row = dict[str, Any]
+# Of a figure: (title, label of the axis).
 QUANTITIES = {
-    "variance": "trace of the covariance of one rollout's gradient",
-    "snr": "signal-to-noise of one rollout",
-    "bias_sequence": "bias, sequence-level reverse KL",
-    "cosine_sequence": "cosine to the sequence-level reverse KL",
+    "variance": ("trace of the covariance of one rollout's gradient", "variance"),
+    "snr": ("signal-to-noise of one rollout", "|E g|² / variance"),
+    "bias_sequence": ("distance of E g from the sequence-level gradient", "|E g − gradient|"),
+    "cosine_sequence": ("cosine of E g and the sequence-level gradient", "cosine"),
 }
 LOGARITHMIC = ("variance", "snr")
 SWEPT = {"T": "completion length, tokens", "gamma": "discount per token", "k": "tokens of the support", "group_size": "rollouts per prompt"}
 SWEPT |= {"temperature": "temperature of the sampling law", "top_p": "nucleus mass of the sampling law", "step": "updates"}
+# A mean does not know how many rollouts a prompt has: constant by construction.
+CONSTANT = (("bias_sequence", "group_size"), ("cosine_sequence", "group_size"))
 SHARED_AXES = ("T", "group_size", "temperature", "top_p", "step")
 CHOICES = ("gamma", "k")
 
@@ -34,7 +38,8 @@ def figures(rows: Sequence[Row]) -> dict[str, matplotlib.figure.Figure]:
         }
         for field in SWEPT:
             swept = sweep(rows, field)
-            made |= {f"{name}_by_{field}": curves(swept, field, name) for name in QUANTITIES if swept and _some(swept, name)}
+            shown = [name for name in QUANTITIES if _some(swept, name) and (name, field) not in CONSTANT]
+            made |= {f"{name}_by_{field}": curves(swept, field, name, [row["name"] for row in base]) for name in shown}
     return made
 
 
@@ -63,26 +68,43 @@ def _some(swept: dict[str, list[Row]], name: str) -> bool:
 
 
 def intervals(rows: Sequence[Row], name: str) -> matplotlib.figure.Figure:
-    """A dot and its interval per estimator; an interval without a dot where the sample does not resolve the value."""
+    """A dot and its interval per estimator; a pale interval without a dot where the sample does not resolve the value."""
     figure = matplotlib.figure.Figure(figsize=(4.8, 0.9 + 0.24 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
+    title, label = QUANTITIES[name]
     for number, row in enumerate(rows):
         low, high, value = row[f"{name}_low"], row[f"{name}_high"], row[name]
         if low is not None:
-            axes.plot([low, high], [number, number], color=plots.colour(0), linewidth=1.4, alpha=1 if value is not None else 0.45)
+            told = {"alpha": 0.45, "label": "not resolved from 0: what is possible"} if value is None else {}
+            axes.plot([low, high], [number, number], color=plots.colour(0), linewidth=1.4, **told)
         if value is not None:
             axes.plot([value], [number], "o", color=plots.colour(0), markersize=4)
     if name in LOGARITHMIC and any(row[name] is not None for row in rows):
         axes.set_xscale("log", nonpositive="clip")
-        # Within a decade the default labels every digit, one over the other.
-        axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1.0, 3.0)))
-        axes.xaxis.set_major_formatter(matplotlib.ticker.LogFormatterSciNotation())
-        axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        _plain_ticks(axes.xaxis)
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes.invert_yaxis()
-    axes.set_title(QUANTITIES[name], fontsize=9, loc="left")
+    axes.set_title(title, fontsize=9, loc="left")
+    axes.set_xlabel(label)
     axes.grid(alpha=0.2, axis="x")
+    pale = axes.get_legend_handles_labels()[0][:1]  # of many one
+    if pale:
+        figure.legend(handles=pale, loc="outside lower center", fontsize=7)
     return figure
+
+
+def _plain_ticks(axis: matplotlib.axis.Axis) -> None:
+    """Ticks 0.1, 0.3, 1 ... of a logarithmic axis; powers of ten alone where it is long. The default labels every digit of a decade."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1.0, 3.0) if high < 3000 * low else (1.0,)))
+    axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: plain(value)))
+    axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+
+
+def plain(value: float) -> str:
+    """0.3, 300, 3e6: without superscripts, which are small."""
+    digits, _, exponent = f"{value:.3g}".partition("e")
+    return f"{digits}e{int(exponent)}" if exponent else digits
 
 
 def shares(rows: Sequence[Row], key: str) -> matplotlib.figure.Figure:
@@ -96,19 +118,25 @@ def shares(rows: Sequence[Row], key: str) -> matplotlib.figure.Figure:
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes.invert_yaxis()
     axes.set_title("share of the variance by " + key.removeprefix("share_by_"), fontsize=9, loc="left")
+    axes.set_xlabel("share; all parts add up to 1")
     figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 
-def curves(swept: dict[str, list[Row]], field: str, name: str) -> matplotlib.figure.Figure:
-    """A quantity over a swept field, a line with a band per estimator; values that are not resolved are left out."""
+def curves(swept: dict[str, list[Row]], field: str, name: str, order: Sequence[str]) -> matplotlib.figure.Figure:
+    """A quantity over a swept field, a line with a band per estimator; values that are not resolved are left out.
+
+    An estimator's place in `order` gives its colour, line and marker, the same in all figures of a study.
+    """
     figure = matplotlib.figure.Figure(figsize=(5.2, 3.2 + 0.12 * len(swept)), layout="constrained")
     axes = figure.add_subplot()
-    for number, (estimator, rows) in enumerate(swept.items()):
+    for estimator, rows in swept.items():
+        number = order.index(estimator)
         rows = [row for row in rows if row[name] is not None]
         at = [row[field] for row in rows]
-        style = {"color": plots.colour(number), "linestyle": plots.line(number), "marker": "o", "markersize": 3, "linewidth": 1.4}
-        axes.plot(at, [row[name] for row in rows], label=estimator, **style)
+        style = {"color": plots.colour(number), "linestyle": plots.line(number), "marker": plots.marker(number)}
+        label = estimator if rows else f"{estimator} (not resolved)"
+        axes.plot(at, [row[name] for row in rows], label=label, markersize=4, linewidth=1.4, **style)
         ends = ([row[f"{name}_{end}"] for row in rows] for end in ("low", "high"))
         axes.fill_between(at, *ends, color=plots.colour(number), alpha=0.15, linewidth=0)
     if field in ("T", "k", "group_size"):
@@ -117,8 +145,11 @@ def curves(swept: dict[str, list[Row]], field: str, name: str) -> matplotlib.fig
         axes.set_xticks(values, [str(value) for value in values], minor=False)
     if name in LOGARITHMIC:
         axes.set_yscale("log", nonpositive="clip")
+        _plain_ticks(axes.yaxis)
+    title, label = QUANTITIES[name]
     axes.set_xlabel(SWEPT[field])
-    axes.set_title(QUANTITIES[name], fontsize=9, loc="left")
+    axes.set_ylabel(label)
+    axes.set_title(title, fontsize=9, loc="left")
     axes.grid(alpha=0.2)
     figure.legend(loc="outside lower center", ncols=3, fontsize=7)
     return figure

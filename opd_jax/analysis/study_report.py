@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +18,6 @@ from opd_jax import config as config_lib
 from opd_jax import files
 from opd_jax.analysis import plots, plots_study, report
 from opd_jax.analysis.study_tables import Result, Row
-from opd_jax.analysis.summary import number
 from opd_jax.types import UserError
 
 CONDITION = ("T", "gamma", "k", "group_size", "temperature", "top_p", "step")
@@ -31,7 +31,7 @@ KEYS = {
     "temperature": "of the law that the estimators' rollouts are drawn from; claims hold at 1",
     "top_p": "nucleus mass of that law; claims hold at 1",
     "step": "updates that the student had had; null: the student as given",
-    "target": "the gradient that the estimator is compared with in `bias` and `cosine`",
+    "target": "the gradient that the estimator follows by its claim, and is compared with",
     "unbiased": "whether the registry claims no bias to the target, on-policy",
     "reference": "what stands for the target; null: nothing unbiased is known, and bias and cosine are null",
     "reference_sequence": "what stands for sequence_reverse_kl in `bias_sequence` and `cosine_sequence`",
@@ -144,8 +144,21 @@ def _csv(rows: Sequence[Row]) -> str:
 # ---- for people
 
 
+# What a page and a terminal call the numbers.
+HEADINGS = {
+    "variance": "variance",
+    "variance_batch": "variance in a batch, per rollout",
+    "snr": "SNR of a rollout",
+    "bias": "bias",
+    "bias_sequence": "bias, sequence level",
+    "cosine_sequence": "cosine, sequence level",
+}
+
+
 def _number(value: float) -> str:
-    return number(value) if abs(value) < 1000 else f"{value:.3g}"
+    """Three digits of any number, so that a value and its interval are written alike."""
+    digits, _, exponent = f"{value:#.3g}".partition("e")
+    return f"{digits}e{int(exponent)}" if exponent else digits.rstrip(".")
 
 
 def _cell(row: Row, name: str) -> str:
@@ -155,22 +168,64 @@ def _cell(row: Row, name: str) -> str:
     return f"{'not resolved' if value is None else _number(value)} [{_number(low)}, {_number(high)}]"
 
 
+def _varying(rows: Sequence[Row]) -> list[str]:
+    return [name for name in CONDITION if len({row[name] for row in rows}) > 1]
+
+
+def _shown(rows: Sequence[Row]) -> list[str]:
+    """The numbers that a table has; that of a batch is another than that of a rollout where prompts have several."""
+    return [name for name in HEADINGS if name != "variance_batch" or any(row["group_size"] > 1 for row in rows)]
+
+
+def _cells(row: Row, shown: Sequence[str]) -> list[str]:
+    return ["" if name == "variance_batch" and row["group_size"] == 1 else _cell(row, name) for name in shown]
+
+
 def table(rows: Sequence[Row]) -> list[list[str]]:
     """Header, then a row per condition and estimator; columns of the condition are there where they vary."""
-    varying = [name for name in CONDITION if len({row[name] for row in rows}) > 1]
-    shown = {"variance": "variance", "snr": "SNR of a rollout", "bias": "bias", "bias_sequence": "bias, sequence level"}
-    shown["cosine_sequence"] = "cosine, sequence level"
-    body = [[row["name"], *("" if row[n] is None else str(row[n]) for n in varying), *(_cell(row, q) for q in shown)] for row in rows]
-    return [["estimator", *varying, *shown.values()], *body]
+    varying, shown = _varying(rows), _shown(rows)
+    body = [[row["name"], *("" if row[n] is None else str(row[n]) for n in varying), *_cells(row, shown)] for row in rows]
+    return [["estimator", *varying, *(HEADINGS[name] for name in shown)], *body]
 
 
 def text_table(rows: Sequence[Row]) -> str:
-    """The table for a terminal."""
-    columns = [("estimator", "variance", "SNR of a rollout", "bias", "bias to the sequence level")]
+    """The table of the base condition for a terminal, under a line that says which it is."""
     base = plots_study.base_rows(rows)
-    columns += [(row["name"], *(_cell(row, q) for q in ("variance", "snr", "bias", "bias_sequence"))) for row in base]
+    shown = [name for name in _shown(base) if name != "cosine_sequence"]
+    columns = [["estimator", *(HEADINGS[name] for name in shown)], *([_label(row), *_cells(row, shown)] for row in base)]
     widths = [max(len(row[i]) for row in columns) for i in range(len(columns[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in columns)
+    shared = {name: value for name, value in base[0].items() if name not in plots_study.CHOICES}
+    about = [f"base condition: {_conditions(shared)}", *(f"95% bootstrap over {units}" for units in bootstraps(base))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in columns]
+    return "\n".join(["; ".join(about), *lines])
+
+
+def _label(row: Row) -> str:
+    """The estimator with its own discount or support, which another row of it may not share."""
+    chosen = ", ".join(f"{name} = {row[name]}" for name in plots_study.CHOICES if row[name] is not None)
+    return f"{row['name']} ({chosen})" if chosen else row["name"]
+
+
+def bootstraps(rows: Sequence[Row]) -> list[str]:
+    """What intervals are a bootstrap over, once for all rows that share it; nothing of exact rows."""
+    units = {row["group_size"]: row["prompts"] for row in rows if row["prompts"] is not None}
+    if len(units) == 1:
+        return [f"{prompts} prompts" for prompts in units.values()]
+    return [f"{prompts} prompts where group_size = {group}" for group, prompts in units.items()]
+
+
+def meanings(result: Result, figures: Sequence[str]) -> list[tuple[str, markupsafe.Markup]]:
+    """(name, meaning) of what the page has."""
+    conditions = [name for name in CONDITION if name in _varying(result.rows) or any(pair.get(name) is not None for pair in result.pairs)]
+    found = {"estimator": "name", **{name: name for name in conditions}, **{HEADINGS[name]: name for name in _shown(result.rows)}}
+    found |= {"target": "target", "reference": "reference", "brackets": "X_low, X_high", "not resolved": "null"}
+    found |= {f"share of the variance by {kind}": key for kind in ("position", "parameters") if (key := f"share_by_{kind}") in figures}
+    return [(label, _code(KEYS[key].replace("null", "empty"))) for label, key in found.items()]  # as cells are
+
+
+def _code(text: str) -> markupsafe.Markup:
+    """Text in which `names` stand between backticks."""
+    return markupsafe.Markup(re.sub("`([^`]*)`", r"<code>\1</code>", str(markupsafe.escape(text))))
 
 
 def render(result: Result, figures: dict[str, str], settings: dict[str, Any]) -> str:
@@ -182,18 +237,18 @@ def render(result: Result, figures: dict[str, str], settings: dict[str, Any]) ->
         style=style,
         table=table(result.rows),
         references=sorted({row[k] for row in result.rows for k in ("reference", "reference_sequence") if row[k]}),
-        units=sorted({row["prompts"] for row in result.rows}),
+        bootstraps=bootstraps(result.rows),
         figures=[markupsafe.Markup(plots.for_a_page(text, name)) for name, text in figures.items()],
         pairs=[(f"{p['name']} / {p['other']}", _conditions(p), _cell(p, "ratio")) for p in result.pairs],
         growth=[(g["name"], ", ".join(map(str, g["values"])), _cell(g, "exponent")) for g in result.growth],
         cost=[(name.removeprefix("time/").replace("_", " "), _count(value)) for name, value in result.cost.items()],
-        keys=list(KEYS.items()),
+        meanings=meanings(result, list(figures)),
         changed=[(name, value) for name, value in settings.items() if value != defaults[name]],
     )
 
 
 def _conditions(row: Row) -> str:
-    return ", ".join(f"{name} = {row[name]}" for name in CONDITION if row[name] is not None)
+    return ", ".join(f"{name} = {row[name]}" for name in CONDITION if row.get(name) is not None)
 
 
 def _count(value: Any) -> str:
