@@ -483,13 +483,14 @@ def run_job(c, workdir):
 
 @pytest.mark.slow
 def test_the_default_is_one_condition_with_exact_references(tmp_path):
-    result = run_job(default(study__rollouts=256, study__resamples=100), tmp_path / "out")
+    c = default(study__rollouts=256, study__resamples=100)
+    result = run_job(c, tmp_path / "out")
     names = [row["name"] for row in result.rows]
     assert len(set(names)) == len(names) and {"token", "to_go", "sequence"} <= set(names)
     assert {row["reference"] for row in result.rows} == {"exact"}
-    study_report.write(result, tmp_path / "out")
+    study_report.write(result, tmp_path / "out", config=config_lib.parse(c))
     first = (tmp_path / "out" / "gradient_study.json").read_bytes()
-    study_report.write(run_job(default(study__rollouts=256, study__resamples=100), tmp_path / "out"), tmp_path / "out")
+    study_report.write(run_job(c, tmp_path / "out"), tmp_path / "out", config=config_lib.parse(c))
     assert (tmp_path / "out" / "gradient_study.json").read_bytes() == first
     other = run_job(default(study__rollouts=256, study__resamples=100, seed=1), tmp_path / "other")
     assert other.rows[0]["variance"] != result.rows[0]["variance"]
@@ -549,9 +550,10 @@ def test_a_folder_with_other_settings_is_refused_by_their_names(tmp_path):
     with pytest.raises(UserError, match=r"other settings \(seed: 0 -> 1; study.rollouts: 64 -> 128\); give another --workdir, or the old"):
         run_job(c, tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
-    (tmp_path / study_report.ABOUT).write_text('{"config": 3}')
-    with pytest.raises(UserError, match="does not hold the config of a study"):
-        run_job(c, tmp_path)
+    for previous in (3, {}):  # damaged; written from a notebook
+        (tmp_path / study_report.ABOUT).write_text(json.dumps({"config": previous}))
+        with pytest.raises(UserError, match="does not hold the config of a study"):
+            run_job(c, tmp_path)
 
 
 def few(rows):

@@ -182,9 +182,7 @@ class Plan:
             group = setting.group_size
             _divides("the group size", group, field + words.microbatch, self.microbatch)
             if not setting.temperature > 0:
-                raise ConfigError(
-                    f"{field}{words.temperatures}: {setting.temperature} is greedy; an estimator needs draws of the policy"
-                )
+                raise ConfigError(f"{field}{words.temperatures}: {setting.temperature} is greedy; an estimator needs draws of the policy")
             if not LEAST_UNITS <= rollouts // group <= prompts:
                 raise ConfigError(
                     f"{field}{words.rollouts} = {rollouts} with {group} per prompt are {rollouts // group} prompts; valid: from "

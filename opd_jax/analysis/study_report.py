@@ -93,7 +93,7 @@ def check_folder(workdir: str | os.PathLike, config: config_lib.Config) -> None:
     if os.path.lexists(about):
         remedy = "give another --workdir, or restore the file"
         previous = files.read_json(about, remedy=remedy).get("config")
-        if not isinstance(previous, dict):
+        if not isinstance(previous, dict) or not previous:  # `write` may be called without one
             raise UserError(f"{about}: does not hold the config of a study; {remedy}")
         changed = config_lib.differences(previous, dataclasses.asdict(config), FREE)
         if changed:
