@@ -12,6 +12,7 @@ from opd_jax.analysis import enumeration
 from opd_jax.numerics import estimators
 from opd_jax.numerics.estimators import REGISTRY, TARGETS, Context, Estimator, Term, loss_B
 from opd_jax.numerics.token_stats import DenseHead, Signal, Target, token_stats
+from opd_jax.types import UserError
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -167,3 +168,23 @@ def test_completions_stop_at_the_students_own_stop_token_alone():
     assert len(rows) == 15
     assert rows[2, 0, 0, 0] == (1, 0, 0, 0) and rows[1, 2, 0, 0] == (1, 1, 0, 0)
     assert [rows[1, 1, 2, last] for last in range(3)] == [(1, 1, 0, 1)] * 3
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: enumeration.make("", vocab=32, length=8), "vocab ** length = 1099511627776 completions"),
+        (lambda: enumeration.make("", vocab=3, length=9, observed=(0,)), "vocab ** 8 = 6561 completions"),
+        (lambda: enumeration.make("").exact_gradient("reverse_kl"), "valid: sequence_reverse_kl, .* did you mean token_reverse_kl?"),
+        (lambda: enumeration.make("").expected_gradient("token"), "estimator = 'token' is a str, .* such as REGISTRY['token']"),
+        (lambda: enumeration.make("").trace_covariance("togo"), "such as REGISTRY['to_go']"),
+        (lambda: enumeration.make("").gradients(REGISTRY), "is a dict, not an Estimator"),
+    ],
+)
+def test_what_cannot_be_listed_or_is_not_known_is_refused(call, words):
+    with pytest.raises(UserError, match=words.replace("**", r"\*\*").replace("[", r"\[").replace("?", r"\?")):
+        call()
+
+
+def test_as_many_completions_as_are_allowed_are_listed():
+    assert len(enumeration.make("", features=1, length=8, observed=(0,)).tokens_NT) == enumeration.MOST_COMPLETIONS

@@ -5,6 +5,7 @@ import functools
 import inspect
 import itertools
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -148,6 +149,31 @@ def test_surrogate_ignores_what_is_masked_and_jits_and_vmaps(name):
     np.testing.assert_allclose(
         jax.vmap(one)(student, teacher, tokens, mask), REGISTRY[name].surrogate(student, teacher, tokens, mask), atol=1e-12
     )
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"student_logits_BTV": np.zeros((5, 3))}, "student_logits_BTV has the shape (5, 3); must be [B, T, V]"),
+        ({"teacher_logits_BTV": np.zeros((4, 5, 7))}, "teacher_logits_BTV has the shape (4, 5, 7); must be [B, T, V] = (4, 5, 3)"),
+        ({"tokens_BT": np.zeros((4, 6), int)}, "tokens_BT has the shape (4, 6); must be [B, T] = (4, 5)"),
+        ({"mask_BT": np.ones(5)}, "mask_BT has the shape (5,); must be [B, T] = (4, 5)"),
+        ({"behaviour_logp_BT": np.zeros(4)}, "behaviour_logp_BT has the shape (4,)"),
+        ({"group_B": np.zeros(5)}, "group_B has the shape (5,); must be [B] = (4,)"),
+        ({"extra_tokens_BTN": np.zeros((4, 5), int)}, "extra_tokens_BTN has the shape (4, 5); must be [B, T, N]"),
+        ({"tokens_BT": np.full((4, 5), 3)}, "tokens_BT holds 3 where mask_BT is not 0; must be in 0 to 2"),
+        ({"tokens_BT": jnp.full((4, 5), -1)}, "tokens_BT holds -1"),
+        ({"extra_tokens_BTN": np.full((4, 5, 2), 9)}, "extra_tokens_BTN holds 9"),
+    ],
+)
+def test_a_surrogate_names_the_argument_that_does_not_fit(change, words):
+    given = {"student_logits_BTV": np.zeros((4, 5, 3)), "teacher_logits_BTV": np.zeros((4, 5, 3)), "tokens_BT": np.zeros((4, 5), int)}
+    given |= {"mask_BT": np.ones((4, 5))} | change
+    student = given.pop("student_logits_BTV")
+    call = lambda logits: REGISTRY["to_go"].surrogate(logits, **given)
+    for one in (call, jax.jit(call)):  # what jit closes over is known in it
+        with pytest.raises(ValueError, match=re.escape(words)):
+            one(student)
 
 
 def test_registry_states_its_claims():

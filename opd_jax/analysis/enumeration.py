@@ -5,6 +5,7 @@ An `Enumerable` holds every completion of a student, its teacher's logits and it
 """
 
 import dataclasses
+import difflib
 import functools
 import itertools
 from collections.abc import Iterator
@@ -14,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from opd_jax import sampler
-from opd_jax.numerics.estimators import TARGETS, Estimator
+from opd_jax.numerics.estimators import REGISTRY, TARGETS, Estimator
+from opd_jax.types import UserError
 
+MOST_COMPLETIONS = 3**7  # that are listed
 # Floats of the estimates that are in memory at once.
 CHUNK = 2**21
 
@@ -79,7 +82,8 @@ class Enumerable:
         return _law(self, logits_NTV, sampler.Law(**change))
 
     def gradients(self, estimator: Estimator) -> jax.Array:
-        """The estimate of every completion, each a batch of its own drawn from the student, [N, F * V]."""
+        """The estimate of every completion, each a batch of its own drawn from the student, [N, F * V]. Raises UserError."""
+        _check_estimator(estimator)
         return _estimates(estimator, self, self.law(), {"index": np.arange(len(self.tokens_NT))[:, None]})
 
     def expected_gradient(
@@ -87,8 +91,9 @@ class Enumerable:
     ) -> jax.Array:
         """The mean, [F * V], of the estimate from a batch of `rollouts` completions of one prompt (the mean of their losses).
 
-        All tuples of completions are listed. `law` draws them (None: the student). `extra_samples` further tokens of the same law at each
-        position go to the surrogate as `extra_tokens_BTN`.
+        All tuples of completions are listed. `estimator` is an object (REGISTRY[name], or one of your own), not a name. `law` draws the
+        completions (None: the student). `extra_samples` further tokens of the same law at each position go to the surrogate as
+        `extra_tokens_BTN`. Raises UserError.
         """
         return self._moments(estimator, rollouts, law, extra_samples)[0]
 
@@ -99,11 +104,18 @@ class Enumerable:
         return self._moments(estimator, rollouts, law, extra_samples)[1]
 
     def exact_gradient(self, target: str, *, law: SamplingLaw | None = None) -> jax.Array:
-        """The gradient that a target's name means, [F * V], by autodiff on its definition."""
+        """The gradient that a target's name means, [F * V], by autodiff on its definition. Raises UserError for a name not in TARGETS."""
         return _target_gradient(target, self, self.law() if law is None else law)
 
     def objective(self, target: str, theta_FV: jax.Array, *, law: SamplingLaw | None = None) -> jax.Array:
-        """The scalar whose gradient is the target. Token-level ones hold the law of the prefixes fixed: `law`, or the student's."""
+        """The scalar whose gradient is the target. Token-level ones hold the law of the prefixes fixed: `law`, or the student's.
+
+        Raises UserError for a name that is not in TARGETS.
+        """
+        if target not in TARGETS:
+            near = difflib.get_close_matches(target, TARGETS, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"target = {target!r} is not known; valid: {', '.join(TARGETS)}{hint}")
         logits_NTV = self.logits(theta_FV)
         if target == "sequence_reverse_kl":
             logp_N = self.log_probability(logits_NTV)
@@ -115,6 +127,7 @@ class Enumerable:
 
     def _moments(self, estimator, rollouts: int, law: SamplingLaw | None, extra_samples: int) -> tuple[jax.Array, jax.Array]:
         """(mean, trace of the covariance), merged over chunks as Chan, Golub and LeVeque (1983): no difference of large numbers."""
+        _check_estimator(estimator)
         law = self.law() if law is None else law
         total, mean, squares = 0.0, 0.0, 0.0
         for weight_C, rows in _tuples(_draws(self, law, extra_samples), rollouts, CHUNK // self.theta_FV.size):
@@ -126,6 +139,15 @@ class Enumerable:
             mean = mean + (own_mean - mean) * weight / (total + weight)
             total += weight
         return jnp.asarray(mean), jnp.asarray(squares / total)
+
+
+def _check_estimator(estimator: Estimator) -> None:
+    if not isinstance(estimator, Estimator):
+        near = difflib.get_close_matches(str(estimator), REGISTRY, n=1, cutoff=0.5) or ["to_go"]
+        raise UserError(
+            f"estimator = {estimator!r} is a {type(estimator).__name__}, not an Estimator; give the object, such as REGISTRY[{near[0]!r}] "
+            "of opd_jax.numerics.estimators"
+        )
 
 
 def _definition(kind: str, beta: float | None, logp: jax.Array, logq: jax.Array) -> jax.Array:
@@ -217,12 +239,13 @@ def make(
     seed: int = 0,
     scale: float = 1.0,
 ) -> Enumerable:
-    """A random enumerable student and teacher.
+    """A random enumerable student and teacher. `name` is a free label, which `str` gives back.
 
     `features` None is the tabular student, with logits of its own at every prefix; a number shares that many random features between
     prefixes. `stop` is an absorbing stop token (ragged lengths). `observed` positions are written by an environment: their token is a
-    function of what came before, their mask is 0.
+    function of what came before, their mask is 0. Raises UserError where the completions are too many to be listed.
     """
+    _check_size(vocab, length, observed)
     rng = np.random.default_rng(seed)
     tokens_NT, mask_NT = _completions(vocab, length, stop, observed)
     prefixes: dict[tuple[int, ...], int] = {}
@@ -236,6 +259,16 @@ def make(
         tokens_NT=jnp.asarray(tokens_NT),
         mask_NT=jnp.asarray(mask_NT),
     )
+
+
+def _check_size(vocab: int, length: int, observed: tuple[int, ...]) -> None:
+    own = length - len(observed)
+    if (count := vocab**own) > MOST_COMPLETIONS:
+        power = "length" if own == length else own
+        raise UserError(
+            f"vocab = {vocab}, length = {length}: vocab ** {power} = {count} completions are too many to be listed; at most "
+            f"{MOST_COMPLETIONS} can be: lower vocab or length"
+        )
 
 
 def _completions(vocab: int, length: int, stop: int | None, observed: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:

@@ -16,8 +16,8 @@ from opd_jax.data.pipeline import Pipeline
 from opd_jax.metrics import Progress
 from opd_jax.pair import Pair, open_pair
 
-VOCABULARY, MOST_LENGTH = 3, 7  # of enumerable models
-MOST_COMPLETIONS = VOCABULARY**MOST_LENGTH
+VOCABULARY = 3  # of enumerable models
+MOST_LENGTH = max(length for length in range(1, 20) if VOCABULARY**length <= enumeration.MOST_COMPLETIONS)
 
 
 def run(config: Config, workdir: str | os.PathLike, *, make_model: Callable[[str, str], str], progress: Progress) -> study_tables.Result:
@@ -58,7 +58,7 @@ def _enumerable(config: Config, workdir, shadows, settings, plan) -> study_table
     """
     started = time.monotonic()
     for setting in settings:
-        if VOCABULARY**setting.T > MOST_COMPLETIONS or (setting.temperature, setting.top_p, setting.step) != (1.0, 1.0, None):
+        if setting.T > MOST_LENGTH or (setting.temperature, setting.top_p, setting.step) != (1.0, 1.0, None):
             raise ConfigError(
                 f"without student.path and teacher.path the study is of random models of {VOCABULARY} tokens, with lengths up to "
                 f"{MOST_LENGTH}, temperature 1, top_p 1 and no steps; give models, or change the condition T = {setting.T}, temperature = "

@@ -115,7 +115,10 @@ class Estimator(abc.ABC):
 
         Logits and tokens where the mask is 0 are ignored; masks may have gaps. `group_B`: rollouts of one prompt share a number, without
         it each is alone. `extra_tokens_BTN`: further draws from pi at each prefix, for MultiSample. The code of training, on dense logits.
+
+        Raises ValueError, which names the argument, for shapes that do not fit and, unless traced, tokens outside the vocabulary.
         """
+        _check_arguments(student_logits_BTV, teacher_logits_BTV, tokens_BT, mask_BT, behaviour_logp_BT, group_B, extra_tokens_BTN)
         mask_BT = mask_BT.astype(bool)
         student, teacher = (DenseHead(jnp.where(mask_BT[..., None], x, 0)) for x in (student_logits_BTV, teacher_logits_BTV))
         if extra_tokens_BTN is not None:
@@ -131,3 +134,36 @@ class Estimator(abc.ABC):
         group_B = jnp.arange(len(mask_BT)) if group_B is None else group_B
         context = self.prepare(jax.lax.stop_gradient(stats), Context(mask_BT, behaviour_logp_BT, group_B))
         return loss_B(stats, self.terms(stats, context))
+
+
+def _check_arguments(student_logits_BTV, teacher_logits_BTV, tokens_BT, mask_BT, behaviour_logp_BT, group_B, extra_tokens_BTN) -> None:
+    shape = jnp.shape(student_logits_BTV)
+    if len(shape) != 3:
+        raise ValueError(f"student_logits_BTV has the shape {shape}; must be [B, T, V] (for one rollout [1, T, V])")
+    B, T, V = shape
+    own = () if extra_tokens_BTN is None else jnp.shape(extra_tokens_BTN)[2:3]
+    for name, value, letters, expected in (
+        ("teacher_logits_BTV", teacher_logits_BTV, "[B, T, V]", (B, T, V)),
+        ("tokens_BT", tokens_BT, "[B, T]", (B, T)),
+        ("mask_BT", mask_BT, "[B, T]", (B, T)),
+        ("behaviour_logp_BT", behaviour_logp_BT, "[B, T]", (B, T)),
+        ("group_B", group_B, "[B]", (B,)),
+        ("extra_tokens_BTN", extra_tokens_BTN, "[B, T, N]", (B, T, *(own or ("N",)))),
+    ):
+        if value is not None and jnp.shape(value) != expected:
+            raise ValueError(f"{name} has the shape {jnp.shape(value)}; must be {letters} = {expected}, as student_logits_BTV is {shape}")
+    for name, tokens, counted in (("tokens_BT", tokens_BT, mask_BT), ("extra_tokens_BTN", extra_tokens_BTN, mask_BT[..., None])):
+        if tokens is not None:
+            _check_tokens(name, tokens, counted, V)
+
+
+def _check_tokens(name: str, tokens: jax.Array, counted: jax.Array, vocabulary: int) -> None:
+    """Refuses tokens that no logit is of; values that are traced are not known yet."""
+    if isinstance(tokens, jax.core.Tracer) or isinstance(counted, jax.core.Tracer):
+        return
+    with jax.ensure_compile_time_eval():  # inside jit, too
+        outside = (counted != 0) & ((tokens < 0) | (tokens >= vocabulary))
+        if outside.any():
+            token = int(jnp.broadcast_to(tokens, outside.shape)[outside][0])
+            said = f"{name} holds {token} where mask_BT is not 0"
+            raise ValueError(f"{said}; must be in 0 to {vocabulary - 1}, as student_logits_BTV has {vocabulary} tokens")
