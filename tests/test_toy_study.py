@@ -328,7 +328,8 @@ def test_intervals_are_students_of_logarithms():
     low, high = scipy.stats.t.interval(0.95, 2, np.log10(values).mean(), scipy.stats.sem(np.log10(values)))
     np.testing.assert_allclose(results.interval(values), [np.prod(values) ** (1 / 3), 10**low, 10**high])
     assert results.interval([0.1, np.nan, 0.2]) is None and results.interval([0.1, np.inf, 0.2]) is None
-    np.testing.assert_allclose(results.interval([0.0, 2.0]), [1.0, *scipy.stats.t.interval(0.95, 1, 1.0, scipy.stats.sem([0.0, 2.0]))])
+    high = scipy.stats.t.interval(0.95, 1, 1.0, scipy.stats.sem([0.0, 2.0]))[1]
+    np.testing.assert_allclose(results.interval([0.0, 2.0]), [1.0, 0.0, high])  # Student's low end, -11.7, is no distance
 
 
 def claims(early, late, spike, distance, spread):
@@ -391,6 +392,24 @@ def test_published_settings_are_the_papers_and_the_rest_is_said_to_be_ours():
         assert dataclasses.replace(Settings(), **fields) != Settings()
 
 
+def test_a_page_of_a_shorter_study_says_so_first():
+    lines = tables.head(Settings(**QUICK).split())
+    assert lines[0] == "# QUICK: toy study of gradient variance" and lines[1].startswith("**200 of 2000 iterations")
+    assert "iterations 2" not in lines[3] and lines[4] == "Changed from what is published: iterations 200 (there 2000)."
+    lines = tables.head(Settings().split())
+    assert lines[0] == "# Toy study of gradient variance" and "iterations 2000" in lines[2] and "Not published" in lines[3]
+    assert tables.head(Settings(batch=32).split())[0] == lines[0]
+
+
+def test_heat_maps_reach_as_far_as_students_drift(tmp_path):
+    """A student at 40 is drawn, in one panel of two; the colour bar has its words."""
+    stay_STX, far_STX = (np.zeros((2, 3, len(GAUSSIAN.edges) - 1)) for _ in range(2))
+    stay_STX[..., 120], far_STX[..., np.searchsorted(GAUSSIAN.edges, 40.0)] = 1, 1
+    plots_toy.visits(tmp_path / "v", {"stay": stay_STX, "far": far_STX}, (1, 2), GAUSSIAN.edges, (-3.0, 3.0), title="test")
+    plots_toy.visits(tmp_path / "c", {"chain": np.ones((2, 3, 17))}, (1, 2), CHAIN.edges, (-3.0, 3.0), title="test")
+    assert (tmp_path / "v.png").stat().st_size > 5000 and (tmp_path / "c.png").stat().st_size > 5000
+
+
 def test_a_table_is_markdown():
     assert tables.table(["a", "b"], [[1, "x|y"]]) == "| a | b |\n| --- | --- |\n| 1 | x\\|y |"
 
@@ -422,11 +441,17 @@ def written(tmp_path_factory):
 def test_the_study_writes_numbers_curves_figures_and_tables(written):
     out, found, said = written
     told = json.loads((out / "toy_study.json").read_text())
-    assert set(told) == {"settings", "gaussian", "chain", "facts", "seconds"} and len(said) == 5
+    assert set(told) == {"settings", "gaussian", "chain", "facts", "seconds"} and sum(line.endswith(" s") for line in said) == 5
+    assert said[:3] == [
+        "gaussian, defaults: begins",
+        "gaussian, defaults: teachers, 3 iterations",
+        f"gaussian, defaults: students of 3 gammas and 2 seeds, {CHUNKS} iterations",
+    ]
     assert {k: v for k, v in told.items() if k != "seconds"} == json.loads(json.dumps(found))
     stems = [name for one in (*told["gaussian"].values(), told["chain"]) for name in one["figures"]] + ["chain_exact"]
     assert len(set(stems)) == 7
     for stem in stems:
+        assert f"({stem}.png)" in (out / "toy_study.md").read_text()
         assert (out / f"{stem}.png").stat().st_size > 5000 and "<svg" in (out / f"{stem}.svg").read_text()
     with np.load(out / "toy_study_curves.npz", allow_pickle=False) as curves:
         assert curves["chain_variance"].shape == curves["gaussian__defaults_reverse_kl"].shape == (3, 2, CHUNKS)

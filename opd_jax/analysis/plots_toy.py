@@ -4,10 +4,12 @@ import pathlib
 from collections.abc import Sequence
 
 import matplotlib
+import matplotlib.colors
 import matplotlib.figure
 import numpy as np
 
 BLOCKS = 100  # of iterations, whose median is one point of a curve
+FAR = 8  # positions, from which on a heat map that reaches further is logarithmic
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "svg.hashsalt": "opd_jax"}
 
 
@@ -71,20 +73,20 @@ def visits(
     *,
     title: str,
 ) -> None:
-    """Heat maps of time x position, a column per title and a row per seed: sqrt of the share of visits, divided by the panel's largest.
+    """Heat maps of time x position, a column per title and a row per seed: the share of visits, divided by the panel's largest.
 
-    Dotted lines are the targets.
+    Dotted lines are the targets. Positions beyond FAR are drawn on a log scale, so that who drifts is seen beside who stays.
     """
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(len(seeds), len(visits_STX), 2.3, 1.9, sharex=True, sharey=True)
+        figure, axes = _figure(len(seeds), len(visits_STX), 2.4, 1.9, sharex=True, sharey=True)
         figure.suptitle(title, fontsize=9)
         for p, (panel, panel_STX) in enumerate(visits_STX.items()):
             for s, seed in enumerate(seeds):
-                seen_TX = np.sqrt(panel_STX[s])
-                extent = (-0.5, len(seen_TX) - 0.5, edges[0], edges[-1])
+                seen_TX, axis = panel_STX[s], axes[s, p]
                 shown_XT = seen_TX.T / max(seen_TX.max(), 1e-12)
-                axis = axes[s, p]
-                axis.imshow(shown_XT, origin="lower", aspect="auto", extent=extent, cmap="magma", vmin=0, vmax=1, interpolation="nearest")
+                times = np.arange(len(seen_TX) + 1) - 0.5
+                norm = matplotlib.colors.PowerNorm(0.5, vmin=0, vmax=1)  # rare visits are seen, too
+                colours = axis.pcolormesh(times, edges, shown_XT, cmap="magma", norm=norm, rasterized=True)
                 for target in targets:
                     axis.axhline(target, color="white", linewidth=0.6, linestyle="dotted")
                 if s == 0:
@@ -92,6 +94,12 @@ def visits(
                 if p == 0:
                     axis.set_ylabel(f"seed {seed}\nposition")
             axes[-1, p].set_xlabel("time")
+        if edges[-1] > 2 * FAR:
+            far = [-edges[-1], -FAR, 0, FAR, edges[-1]]
+            axes[0, 0].set_yscale("symlog", linthresh=FAR)
+            axes[0, 0].set_yticks(far, [f"{place:g}" for place in far], minor=False)
+            axes[0, 0].set_yticks([], minor=True)
+        figure.colorbar(colours, ax=axes, label="share of visits / the panel's largest", shrink=0.6)
         _save(figure, stem)
 
 

@@ -17,13 +17,14 @@ ORDERS = 2.0  # powers of ten, the least that the paper calls the rise from smal
 def interval(values_S: Sequence[float] | np.ndarray) -> list[float] | None:
     """[geometric mean, low, high] of positive values over seeds: Student's t of their logarithms; None where a seed diverged.
 
-    Values of exactly 0 have no logarithm (teachers of the chain can be that near): then the mean and Student's t of the values themselves.
+    Values of exactly 0 have no logarithm (teachers of the chain can be that near): then the mean and Student's t of the values themselves,
+    cut off at 0.
     """
     values_S = np.asarray(values_S, np.float64)
     if not np.all(np.isfinite(values_S)):
         return None
     if not np.all(values_S > 0):
-        return [float(x) for x in stats.t_interval(values_S)]
+        return [max(float(x), 0.0) for x in stats.t_interval(values_S)]
     return [float(10.0**x) for x in stats.t_interval(np.log10(values_S))]
 
 

@@ -49,10 +49,13 @@ class Settings:
             raise UserError(f"seeds = {self.seeds}: must be at least two different numbers, for intervals over seeds")
 
     def split(self) -> dict[str, dict]:
-        """{published: fields, ours: fields}, for the output; infinity, which JSON lacks, in words."""
+        """Fields for the output: published, changed (each [here, published]), ours; infinity, which JSON lacks, in words."""
         fields = {name: "unbounded" if value == math.inf else value for name, value in dataclasses.asdict(self).items()}
         published = {name: fields.pop(name) for name in PUBLISHED}
-        return {"published": published, "ours": fields}
+        changed = {
+            name: [published.pop(name), own] for name, own in dataclasses.asdict(Settings()).items() if published.get(name, own) != own
+        }
+        return {"published": published, "changed": changed, "ours": fields}
 
 
 # Each changes one thing of the defaults, milder or harsher: whether the published drift at gamma = 1 (to a variance of 1e24 in one seed)

@@ -26,7 +26,10 @@ from opd_jax.types import UserError
 EXACT_AT = (0, 1, 4, 10, CHUNKS)  # pieces of training after which the chain's students are studied exactly
 
 
-def run(out: pathlib.Path, settings: Settings, variations: dict[str, dict], *, say: Callable[[str], None] = print) -> dict:
+_print = functools.partial(print, flush=True)  # progress is for those who wait, also at the other end of a pipe
+
+
+def run(out: pathlib.Path, settings: Settings, variations: dict[str, dict], *, say: Callable[[str], None] = _print) -> dict:
     """Runs everything and writes it into `out`, a folder that does not exist or is empty; returns what toy_study.json holds.
 
     `variations` are fields that differ from `settings`, by name; settings with the same sigma range share their teachers.
@@ -37,6 +40,7 @@ def run(out: pathlib.Path, settings: Settings, variations: dict[str, dict], *, s
     found: dict = {"settings": settings.split(), "gaussian": {}}
 
     def timed(name: str, function: Callable):
+        say(f"{name}: begins")
         begun = time.perf_counter()
         value = function()
         seconds[name] = round(time.perf_counter() - begun, 1)
@@ -45,9 +49,9 @@ def run(out: pathlib.Path, settings: Settings, variations: dict[str, dict], *, s
 
     for name, its in changed.items():
         world, full = Gaussian(its.min_sigma, its.max_step), f"gaussian, {name}"
-        summary, _ = timed(full, functools.partial(_walk, out, full, world, its, taught, curves))
+        summary, _ = timed(full, functools.partial(_walk, out, full, world, its, taught, curves, say))
         found["gaussian"][name] = {"changed": variations.get(name, {}), **summary}
-    found["chain"], training = timed("chain", lambda: _walk(out, "chain", Chain(), settings, taught, curves))
+    found["chain"], training = timed("chain", lambda: _walk(out, "chain", Chain(), settings, taught, curves, say))
     with jax.enable_x64(True):
         found["chain"]["exact"] = timed("chain, exact", lambda: exact_rows(training, settings))
         found["facts"] = timed("facts", cases.rows)
@@ -59,11 +63,15 @@ def run(out: pathlib.Path, settings: Settings, variations: dict[str, dict], *, s
     return found
 
 
-def _walk(out: pathlib.Path, name: str, world: World, settings: Settings, taught: dict, curves: dict) -> tuple[dict, learning.Training]:
+def _walk(
+    out: pathlib.Path, name: str, world: World, settings: Settings, taught: dict, curves: dict, say: Callable[[str], None]
+) -> tuple[dict, learning.Training]:
     """Teachers (once per world, kept in `taught`), students, figures and summary of one setting; adds to `curves`."""
     stem = "".join(c if c.isalnum() else "_" for c in name)
     if world not in taught:
-        taught[world] = learning.teachers(world, settings)
+        say(f"{name}: teachers, {settings.teacher_iterations} iterations")
+        taught[world] = jax.block_until_ready(learning.teachers(world, settings))
+    say(f"{name}: students of {len(settings.gammas)} gammas and {len(settings.seeds)} seeds, {settings.iterations} iterations")
     training = learning.students(world, settings, taught[world])
     evaluation = learning.evaluate(world, settings, training)
     curves[f"{stem}_variance"], curves[f"{stem}_reverse_kl"] = np.asarray(training.variance_GSI), np.asarray(training.reverse_kl_GSI)

@@ -14,13 +14,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence]) -> str:
 
 
 def page(found: dict) -> str:
-    """Markdown of what study.run found."""
-    published, ours = (_fields(found["settings"][name]) for name in ("published", "ours"))
+    """Markdown of what study.run found; its figures lie beside it."""
     parts = [
-        "# Toy study of gradient variance",
-        "After Fu et al., Revisiting On-Policy Distillation, arXiv 2603.25562, section 2.1 and appendix E.",
-        f"Published settings: {published}.",
-        f"Not published, chosen here: {ours}; and what `opd_jax/analysis/toy/settings.py` says in words.",
+        *head(found["settings"]),
         "Geometric means over seeds with 95% intervals (Student's t of logarithms; plain where a seed has 0); `diverged` where a seed's "
         "numbers are not finite.",
         "Early and late: medians over the first and the last tenth of the updates. Held: in how many cases of (seed, task).",
@@ -29,6 +25,21 @@ def page(found: dict) -> str:
         parts += [f"## Gaussian steps, {name}", *_world(one)]
     parts += ["## Chain: steps -1, 0, 1 on 17 places", *_world(found["chain"]), *_exact(found["chain"]["exact"])]
     return "\n\n".join([*parts, *_facts(found["facts"])]) + "\n"
+
+
+def head(settings: dict) -> list[str]:
+    """The title and the settings; a study that is shorter than the published one says so first."""
+    changed = settings["changed"]
+    here, published = changed.get("iterations", (0, 0))
+    quick = here < published
+    lines = [f"# {'QUICK: toy' if quick else 'Toy'} study of gradient variance"]
+    if quick:
+        lines.append(f"**{here} of {published} iterations: this says whether it runs, not what it finds.**")
+    lines.append("After Fu et al., Revisiting On-Policy Distillation, arXiv 2603.25562, section 2.1 and appendix E.")
+    lines.append(f"Published settings: {_fields(settings['published'])}.")
+    if changed:
+        lines.append(f"Changed from what is published: {', '.join(f'{name} {a} (there {b})' for name, (a, b) in changed.items())}.")
+    return [*lines, f"Not published, chosen here: {_fields(settings['ours'])}; and what `opd_jax/analysis/toy/settings.py` says in words."]
 
 
 def _fields(fields: dict) -> str:
@@ -60,7 +71,13 @@ def _world(one: dict) -> list[str]:
     header += [f"distance to the {task} target, by seed" for task in TASKS]
     header += [f"(seed, task) within {REACHED:g}", "sequence KL, nats"]
     told = [[claim["published"], claim["rule"], f"{claim['held']} of {claim['of']}", _verdict(claim)] for claim in one["claims"]]
-    return [table(header, rows), table(["published", "counted as held if", "held", "reproduces"], told)]
+    claims = table(["published", "counted as held if", "held", "reproduces"], told)
+    return [table(header, rows), claims, *(figure(name) for name in one["figures"])]
+
+
+def figure(name: str) -> str:
+    """A figure, and the way to the same without pixels."""
+    return f"[![{name.replace('_', ' ')}]({name}.png)]({name}.svg)"
 
 
 def _verdict(claim: dict) -> str:
@@ -81,7 +98,7 @@ def _exact(rows: list[dict]) -> list[str]:
             lines.append([iteration, f"{gamma:g}", bias, cosine, *variances, signal])
     header = ["iteration", "gamma", "bias / gradient", "cosine", "variance, one trajectory", "of the output layer", "gradient^2 / variance"]
     told = "Exact, by dynamic programming, all at the students of gamma = 0; geometric means over seeds and tasks (of cosines the mean):"
-    return [told, table(header, lines)]
+    return [told, table(header, lines), figure("chain_exact")]
 
 
 def _facts(facts: dict) -> list[str]:
@@ -100,6 +117,9 @@ def _facts(facts: dict) -> list[str]:
             ["behaviour", "term", "weight", "bias", "variance"],
             [[r["behaviour"], r["term"], r["weight"], _exactly(r["bias"]), _exactly(r["variance"])] for r in facts["off_policy"]],
         ),
+        "`none`, `token` and `sequence` are those of `estimator.importance`. Its `cumulative` is `before` for the local term and `through` "
+        "for the token. For rewards to go it is neither: `through` weighs the position, all rewards of token t by rho_{<=t}; `cumulative` "
+        "weighs each reward l_u by its own rho_{<=u}, and is unbiased as `sequence` is.",
     ]
 
 

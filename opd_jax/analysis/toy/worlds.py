@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-LIMIT = 8  # heat maps show positions from -LIMIT to LIMIT; the chain ends there
+LIMIT = 8  # the chain's places are -LIMIT to LIMIT
+DRIFT = 64  # heat maps of Gaussian steps show positions from -DRIFT to DRIFT: students of gamma = 1 went as far as 56
 
 
 class World(abc.ABC):
@@ -49,7 +50,7 @@ class Gaussian(World):
     max_step: float = math.inf
 
     outputs = 2
-    edges = np.linspace(-LIMIT, LIMIT, 4 * LIMIT + 1)
+    edges = np.linspace(-DRIFT, DRIFT, 4 * DRIFT + 1)
 
     def parameters(self, outputs: jax.Array) -> tuple[jax.Array, jax.Array]:
         mean = outputs[..., 0] if self.max_step == math.inf else self.max_step * jnp.tanh(outputs[..., 0] / self.max_step)
