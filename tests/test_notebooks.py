@@ -156,6 +156,8 @@ def test_the_notebook_of_estimators_shows_claims_that_hold(tmp_path):
     assert all(bias < 1e-6 for name, (bias, _, _) in rows.items() if name != "discounted") and rows["discounted"][0] > 1e-3
     assert rows["token"][1] == pytest.approx(rows["token_full"][1]) and rows["token"][1] > 1e-3
     assert rows["sequence"][2] > rows["to_go"][2] > rows["rao_blackwell_to_go"][2] > rows["token_full"][2]
+    assert rows["local_to_go"][2] > rows["rao_blackwell_to_go"][2]  # what the text below the table says of this student
+    assert "UserWarning" not in "".join(o.text for cell in code(notebook) for o in cell.outputs if o.output_type == "stream")
     traps = dict(re.findall(r"^(k\d_\w+) +norm ([\d.]+),", text, re.MULTILINE))
     assert float(traps["k1_loss"]) == 0 < float(traps["k2_loss"])
     assert re.search(r"^k2_loss .* 0\.000 from token_reverse_kl", text, re.MULTILINE)
