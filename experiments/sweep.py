@@ -24,6 +24,7 @@ Exit status: 0 all runs are done, 1 some failed (--retry_failed makes them again
 SIGTERM/SIGINT with all runs saved.
 """
 
+import shlex
 import sys
 
 import _checkout  # noqa: F401
@@ -47,7 +48,8 @@ flags.mark_flags_as_required(["config", "workdir"])
 def asked() -> tuple[plan.Base, Sweep]:
     """What the flags and the file ask for."""
     flag = flags.FLAGS["config"]
-    base = plan.Base(config_flags.get_config_filename(flag), config_flags.get_override_values(flag))
+    command = shlex.join(["python", *sys.argv])
+    base = plan.Base(config_flags.get_config_filename(flag), config_flags.get_override_values(flag), command)
     own = plan.read_file(base.name) or Sweep([{}])
     points = product(own.points, *map(plan.parse_flag, SWEEP.value))
     return base, Sweep(points, own.seeds if SEEDS.value is None else SEEDS.value, tuple(METRIC.value) or own.metrics)

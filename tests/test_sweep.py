@@ -314,6 +314,34 @@ def test_comparisons_are_paired_by_seed_and_corrected_per_metric(tmp_path):
     assert "3 seeds are too few" in pairs[1]["note"] and pairs[0]["note"] == ""
 
 
+@pytest.mark.parametrize(
+    "numbers, sign, text",
+    [
+        ((0.204, 0.09582, 0.3122), "", "0.20 [0.10, 0.31]"),
+        ((1.25, 1.248, 1.2521), "", "1.2500 [1.2480, 1.2521]"),
+        ((0.0002228, None, None), "+", "+0.00022 [-∞, ∞]"),
+        ((0.19, 0.0562, None), "+", "+0.19 [+0.06, ∞]"),
+        ((-3.2, -104.0, 97.6), "+", "-3 [-104, +98]"),
+        ((2.5e-9, 1.5e-9, 3.5e-9), "", "2.50e-09 [1.50e-09, 3.50e-09]"),
+        ((3.2e24, 1e23, 6e24), "", "3.20e+24 [1.00e+23, 6.00e+24]"),
+    ],
+)
+def test_a_cell_has_one_precision_that_of_its_width(numbers, sign, text):
+    assert table.interval(*numbers, sign=sign) == text
+
+
+def test_the_page_has_the_command_and_links_to_the_reports_that_there_are(tmp_path):
+    made, folder = plan.make(dataclasses.replace(QUICK, command="python s.py '<x>'"), sweeps.Sweep([{}], 3, KL)), status.Folder(tmp_path)
+    results = finished(made, folder, [0.5, None])
+    reported, failed, _ = (folder.run(trial) for trial in made.trials)
+    (reported / "report.html").write_text("")
+    table.write_all(folder, made, results)
+    page = (tmp_path / "table.html").read_text()
+    assert "python s.py &#39;&lt;x&gt;&#39;" in page
+    assert f'<a href="runs/{reported.name}/report.html">runs/{reported.name}</a>' in page and page.count("<a ") == 1
+    assert f"<td>failed</td><td>runs/{failed.name}</td>" in page and page.count("<td>not finished</td>") == 1
+
+
 def test_what_is_missing_is_said(tmp_path):
     made, folder = planned(0.1, 0.2, 0.3, 0.4, seeds=2), status.Folder(tmp_path)
     results = finished(made, folder, [0.5, 0.25, 0.5, None, None, 0.25])

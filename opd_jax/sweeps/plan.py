@@ -24,6 +24,7 @@ class Base:
 
     name: str  # FILE.py[:arg]
     overrides: dict[str, Any]
+    command: str = ""  # that asked for the sweep, for its page; none from Python
 
     def with_arguments(self, arguments: dict[str, Any]) -> str:
         """FILE.py:arg with further arguments, of which the last one of a name counts."""
@@ -91,7 +92,7 @@ def make(base: Base, sweep: Sweep) -> Plan:
 def _seeding(base: Base) -> tuple[Base, str, int]:
     """(base without a seed of its own, ":seed" where the file has that argument or else "seed", the first seed)."""
     first = _resolve(base, {})[1].seed
-    without = Base(base.name, {name: value for name, value in base.overrides.items() if name != "seed"})
+    without = dataclasses.replace(base, overrides={name: value for name, value in base.overrides.items() if name != "seed"})
     try:
         takes_seeds = _resolve(without, {":seed": first + 1})[1].seed == first + 1
     except ConfigError:  # the file refuses the argument: it has none of that name

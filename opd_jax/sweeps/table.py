@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import itertools
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from opd_jax.sweeps.pool import Outcome
 from opd_jax.sweeps.status import Folder, write, write_json
 
 NUMBERS = ("n", "mean", "low", "high")
+FINEST, LARGE = 7, 1e6  # decimals and size from which on numbers are written with an exponent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +161,16 @@ def cells(plan: Plan, found: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 def _measured(row: Mapping[str, Any]) -> str:
     if row["mean"] is None:
         return "-"
-    return f"{row['mean']:.4g}" + (f" [{row['low']:.4g}, {row['high']:.4g}]" if row["low"] is not None else "")
+    return f"{row['mean']:.4g}" if row["low"] is None else interval(row["mean"], row["low"], row["high"])
+
+
+def interval(middle: float, low: float | None, high: float | None, *, sign: str = "") -> str:
+    """`middle [low, high]`, all to the second digit of the width; None is an end at infinity, `sign` what a format has for signs."""
+    ends = [end for end in (low, high) if end is not None]
+    width = max(ends) - min(ends) if len(ends) == 2 else max((2 * abs(end - middle) for end in ends), default=abs(middle))
+    decimals = 1 - math.floor(math.log10(width)) if width > 0 else 4
+    style = f"{sign}.{max(decimals, 0)}f" if decimals <= FINEST and max(map(abs, (middle, *ends))) < LARGE else f"{sign}.2e"
+    return f"{middle:{style}} [{'-∞' if low is None else format(low, style)}, {'∞' if high is None else format(high, style)}]"
 
 
 def _seed_count(own: Sequence[Mapping[str, Any]]) -> str:
@@ -199,13 +210,25 @@ def _page(
         seed_fields=plan.seed_fields,
         done=sum(r.done for r in results),
         total=len(results),
+        command=plan.base.command,
+        runs=[_run(folder, r) for r in results],
         failed=[(describe(r.trial.setting | {"seed": r.trial.seed}), r.outcome, path) for r, path in failed],
         level=f"{stats.LEVEL:.0%}",
     )
 
 
+def _run(folder: Folder, result: Result) -> tuple[str, str, str, str]:
+    """(what it is of, its state, its folder, its report: a link from the page, empty where there is none)."""
+    path = folder.run(result.trial)
+    state = "done" if result.done else "not finished" if result.outcome is None else "failed"
+    relative = path.relative_to(folder.root).as_posix()
+    report = f"{relative}/report.html" if (path / "report.html").is_file() else ""
+    return describe(result.trial.setting | {"seed": result.trial.seed}), state, relative, report
+
+
 def _difference(pair: Mapping[str, Any]) -> str:
     if pair["difference"] is None:
         return "-"
-    ends = ["-∞" if pair["low"] is None else f"{pair['low']:+.4g}", "∞" if pair["high"] is None else f"{pair['high']:+.4g}"]
-    return f"{pair['difference']:+.4g}" + (f" [{', '.join(ends)}]" if pair["p"] is not None and "no interval" not in pair["note"] else "")
+    if pair["p"] is None or "no interval" in pair["note"]:
+        return f"{pair['difference']:+.4g}"
+    return interval(pair["difference"], pair["low"], pair["high"], sign="+")
