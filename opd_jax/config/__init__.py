@@ -26,6 +26,7 @@ from opd_jax.config.fields import (
     Loss,
     Mesh,
     Model,
+    Privileged,
     Reader,
     Rollout,
     Signal,

@@ -53,9 +53,23 @@ class Reader:
 
 
 @dataclasses.dataclass(frozen=True)
+class Privileged:
+    """What the teacher reads beside the question. The student never reads it."""
+
+    # some of solution, demonstration (both the example's solution), feedback (of the verifier on the own completion), sibling (a completion
+    # of the same prompt that succeeded), critique, with commas between them
+    reads: str = ""  # which sections there are; empty: the teacher reads the question alone
+    layout: str = "words"  # words: English sentences; compact: a mark before each section, the prompt last; or a file with a Jinja template
+    success: float = 1.0  # reward from which a completion may serve as a sibling
+    feedback_with_solution: bool = False  # feedback also where a solution, demonstration or sibling is read
+    strip_thinking: bool = True  # siblings without what stands between <think> and </think>
+
+
+@dataclasses.dataclass(frozen=True)
 class Context:
     student: Reader = Reader()
     teacher: Reader = Reader(template="student")  # student: the ids that the student reads; otherwise as above, with its own tokenizer
+    privileged: Privileged = Privileged()
 
 
 @dataclasses.dataclass(frozen=True)

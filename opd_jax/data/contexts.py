@@ -102,10 +102,16 @@ def _template(name: str, tokenizer: Tokenizer, field: str) -> str | None:
                 f"config field {field}.template = 'chat': the model's tokenizer has no chat template; give a file with one, or 'none'"
             )
         return tokenizer.chat_template
-    where, remedy = f"config field {field}.template = {name!r}", "give 'none', 'chat' or a UTF-8 file with a Jinja chat template"
-    files.check_regular(name, where=where, remedy=remedy, limit=MAX_TEMPLATE_BYTES)
+    return read_template(
+        name, where=f"config field {field}.template = {name!r}", remedy="give 'none', 'chat' or a UTF-8 file with a Jinja chat template"
+    )
+
+
+def read_template(path: str, *, where: str, remedy: str) -> str:
+    """The text of a file with a Jinja template. Raises UserError."""
+    files.check_regular(path, where=where, remedy=remedy, limit=MAX_TEMPLATE_BYTES)
     try:
-        return pathlib.Path(name).read_text(encoding="utf-8")
+        return pathlib.Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{where}: cannot be read ({files.reason(error)}); {remedy}") from None
 
