@@ -82,6 +82,7 @@ def _described() -> dict[str, Description]:
         ),
         "rollout/tokens_total": Description("completion tokens in the loss since the run began", "sum of M over steps 1 ... n", "tokens"),
         "rollout/tokens_per_second": Description("completion tokens of this step per second", "M / time/step_seconds", "tokens/s"),
+        **_rewards(),
         "time/step_seconds": Description(
             "wall time of this step, without evaluations and checkpoints", "t(step finished on the device) - t(the one before)", "s"
         ),
@@ -109,6 +110,34 @@ def _costs() -> dict[str, Description]:
         ),
         "cost/scored_tokens_total": Description(
             "completion tokens that frozen models have scored since the run began", "sum of M over steps 1 ... n, once a model", "tokens"
+        ),
+    }
+
+
+def _rewards() -> dict[str, Description]:
+    """Of tasks with a verifier; the groups are the rollouts of one prompt."""
+    groups = "N groups of rollout.group_size"
+    return {
+        "reward/equal_groups": Description(
+            "share of prompts whose completions all have the same reward, so that none has an advantage",
+            f"(1/N) sum_g 1[r_b = r_c for all b, c of g], {groups}",
+            "fraction",
+        ),
+        "reward/solved_groups": Description(
+            "share of prompts that all completions solve", f"(1/N) sum_g 1[r_b >= 1 for all b of g], {groups}", "fraction"
+        ),
+        "reward/failed_groups": Description(
+            "share of prompts that no completion solves", f"(1/N) sum_g 1[r_b < 1 for all b of g], {groups}", "fraction"
+        ),
+        "reward/verifier_errors": Description(
+            "completions of this step for which the verifier failed, or gave no finite number; they have reward 0",
+            "number of completions without a verdict",
+            "completions",
+        ),
+        "reward/well_formed": Description(
+            "share of completions with an answer in the form that the task asks for (where it says so; verifier errors have none)",
+            "(1/B) sum_b 1[the verdict on y_b is well-formed]",
+            "fraction",
         ),
     }
 

@@ -21,6 +21,7 @@ models
 cost
 environments
 data
+rewards
 sampler
 score
 rollout

@@ -72,6 +72,7 @@ def test_a_wrong_index_is_no_other_attempt():
         ("<think>a<think>b</think>42", ""),
         ("it began in the prompt</think>42", "42"),
         ("<think>a</think>b</think>42", "42"),
+        ("41<think>a</think>b</think>42", "42"),
         ("<think></think>", ""),
         ("<THINK>42</THINK>", "<THINK>42</THINK>"),
     ],

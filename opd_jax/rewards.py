@@ -1,0 +1,150 @@
+"""Rewards of rollouts: a verifier that may fail, advantages within the group of a prompt, which rollouts count. NumPy, in float64.
+
+Rows are rollouts; those of one prompt are `group_size` rows that follow each other.
+"""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from opd_jax import files
+from opd_jax.data import tasks
+from opd_jax.data.privileged import Attempt
+from opd_jax.data.tasks import Example, Task
+from opd_jax.types import UserError, one_line
+
+log = logging.getLogger(__name__)
+
+ADVANTAGES = ("none", "centred", "grpo", "rloo")
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """Completions with their verdicts; `errors` of them are 0 because the verifier failed, the first time for this `reason`."""
+
+    attempts: list[Attempt]
+    reward_B: np.ndarray  # float64, finite
+    errors: int
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Guarded:
+    """A task whose `verify` gives an attempt, or what went wrong: one completion must not end a run."""
+
+    task: Task
+
+    @property
+    def parallel(self) -> bool:
+        return getattr(self.task, "parallel", False)
+
+    def verify(self, example: Example, text: str) -> Attempt | str:
+        try:
+            verdict = self.task.verify(example, text)
+            if not math.isfinite(verdict.reward):
+                raise ValueError(f"the reward is {verdict.reward}")
+            if not isinstance(verdict.feedback, str):
+                raise TypeError(f"the feedback is a {type(verdict.feedback).__name__}, it must be text")
+            return Attempt(text, float(verdict.reward), verdict.feedback, verdict.well_formed)
+        except Exception as error:  # whatever a verifier stumbles over; KeyboardInterrupt and SystemExit are none of these
+            return one_line(f"{type(error).__name__}: {files.reason(error)}")
+
+
+def judge(task: Task, examples_B: Sequence[Example], texts_B: Sequence[str]) -> Judged:
+    """A verdict per completion. Where `verify` raises, or gives no finite number, the reward is 0, without feedback, and is counted."""
+    found = tasks.verify_many(_Guarded(task), examples_B, texts_B)
+    reasons = [one for one in found if isinstance(one, str)]
+    attempts = [Attempt(text, 0.0, well_formed=False) if isinstance(one, str) else one for text, one in zip(texts_B, found, strict=True)]
+    reward_B = np.array([attempt.reward for attempt in attempts], np.float64)
+    return Judged(attempts, reward_B, len(reasons), reasons[0] if reasons else "")
+
+
+class Judge:
+    """judge() for one run: the first error of its verifier is logged, the others are only counted."""
+
+    def __init__(self, task: Task):
+        self._task, self._logged = task, False
+
+    def __call__(self, examples_B: Sequence[Example], texts_B: Sequence[str]) -> Judged:
+        judged = judge(self._task, examples_B, texts_B)
+        if judged.errors and not self._logged:
+            log.warning("the verifier of task %s fails (%s); such completions get reward 0", self._task.name, judged.reason)
+            self._logged = True
+        return judged
+
+
+def group_advantages(reward_B: np.ndarray, group_size: int, *, kind: str, eps: float = 1e-6) -> np.ndarray:
+    """Advantages [B], float64, of rewards [B] within their groups. Raises UserError.
+
+        none     r_i
+        centred  r_i - mean: Dr. GRPO (Liu et al. 2025, arXiv 2503.20783), whose other half is loss.normaliser = constant
+        grpo     (r_i - mean) / (s + eps), s the sample standard deviation, with n - 1, as in TRL (its eps is 1e-4); the paper (Shao et al.
+                 2024, arXiv 2402.03300) says "std" only
+        rloo     r_i - mean of the others = n / (n - 1) (r_i - mean) (Ahmadian et al. 2024, arXiv 2402.14740): unbiased
+
+    But for `none`, a group of equal rewards has advantages of exactly 0. `centred` is 1 - 1/n times the unbiased one, the own reward being
+    part of its mean; division by s favours groups with little spread, whose expected gradient is not that of the mean reward.
+    """
+    if kind not in ADVANTAGES:
+        raise UserError(
+            f"advantage {kind!r} is not known; valid: {', '.join(ADVANTAGES)} (Dr. GRPO is centred with loss.normaliser = 'constant')"
+        )
+    reward_PG = _grouped(reward_B, group_size)
+    if kind == "none":
+        return reward_PG.reshape(-1)
+    if group_size < 2:
+        raise UserError(f"advantage {kind!r} compares the rollouts of a prompt, but rollout.group_size = {group_size}; give 2 or more")
+    mean_P1 = reward_PG.mean(1, keepdims=True)
+    advantage_PG = reward_PG - mean_P1
+    if kind == "grpo":
+        advantage_PG = advantage_PG / (reward_PG.std(1, ddof=1, keepdims=True) + eps)
+    elif kind == "rloo":
+        advantage_PG = reward_PG - (reward_PG.sum(1, keepdims=True) - reward_PG) / (group_size - 1)
+    # Means of equal numbers are off by a rounding, which a division by eps would blow up.
+    return np.where(_all_equal(reward_PG)[:, None], 0.0, advantage_PG).reshape(-1)
+
+
+def _grouped(reward_B: np.ndarray, group_size: int) -> np.ndarray:
+    reward_B = np.asarray(reward_B, np.float64)
+    if group_size < 1 or len(reward_B) % group_size:
+        raise UserError(f"{len(reward_B)} rewards are no whole number of groups; rollout.group_size = {group_size} must divide them")
+    if not np.isfinite(reward_B).all():
+        raise UserError("rewards must be finite numbers; judge() gives such")
+    return reward_B.reshape(-1, group_size)
+
+
+def _all_equal(reward_PG: np.ndarray) -> np.ndarray:
+    return reward_PG.max(1) == reward_PG.min(1)
+
+
+def informative_B(reward_B: np.ndarray, group_size: int) -> np.ndarray:
+    """bool [B]: False in groups of equal rewards, which have no advantage (dynamic sampling, Yu et al. 2025, DAPO, arXiv 2503.14476)."""
+    return np.repeat(~_all_equal(_grouped(reward_B, group_size)), group_size)
+
+
+def term_mask(
+    reward_B: np.ndarray, stopped_B: np.ndarray, group_size: int, *, filter_groups: bool = False, mask_overlong: bool = False
+) -> np.ndarray:
+    """bool [B]: the rollouts that count in the reward's term; the others are still part of their group's mean and deviation.
+
+    `filter_groups` leaves out groups of equal rewards, `mask_overlong` completions that max_new_tokens cut off (both of DAPO). Whoever
+    averages over tokens must count those of the mask alone.
+    """
+    mask_B = informative_B(reward_B, group_size) if filter_groups else np.ones(len(reward_B), bool)
+    return mask_B & np.asarray(stopped_B, bool) if mask_overlong else mask_B
+
+
+def metrics(judged: Judged, group_size: int) -> dict[str, float]:
+    """The record's reward/ metrics of a step; opd_jax/glossary.py has their formulas."""
+    reward_PG = _grouped(judged.reward_B, group_size)
+    solved_PG = reward_PG >= 1
+    return {
+        "reward/equal_groups": float(_all_equal(reward_PG).mean()),
+        "reward/solved_groups": float(solved_PG.all(1).mean()),
+        "reward/failed_groups": float((~solved_PG).all(1).mean()),
+        "reward/verifier_errors": judged.errors,
+        "reward/well_formed": float(np.mean([attempt.well_formed for attempt in judged.attempts])),
+    }
