@@ -122,10 +122,13 @@ def restore_params_and_info(directory: str | os.PathLike, abstract_params: dict,
     return Checkpoints(directory).restore_params(abstract_params, step)
 
 
-def _load(path: pathlib.Path, abstract):
-    _check_shapes(_saved(path), abstract)
+def _load(path: pathlib.Path, abstract: TrainState) -> TrainState:
+    """The state; a field that the version which saved it did not have must be empty, and stays so."""
+    saved = _saved(path)
+    _check_shapes(saved, abstract)
+    fields = {name: value for name, value in vars(abstract).items() if name in saved}
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(path, abstract)
+        return abstract.replace(**checkpointer.restore(path, fields))
 
 
 def _saved(path: pathlib.Path) -> dict[str, Any]:

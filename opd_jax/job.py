@@ -11,18 +11,21 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from opd_jax import checkpoint, learner, machine, metrics, parallel, rollout, trackers
+from opd_jax import checkpoint, learner, machine, metrics, parallel, rewards, rollout, teachers, trackers
 from opd_jax import config as config_lib
 from opd_jax import objective as objective_lib
 from opd_jax import workdir as workdir_lib
+from opd_jax.batches import BatchMaker
 from opd_jax.config import Config
-from opd_jax.data import tasks
+from opd_jax.data import privileged, tasks
 from opd_jax.data.pipeline import CHECKED_AT_ONCE, Pipeline
+from opd_jax.data.teacher_prompts import TeacherPrompts
 from opd_jax.evaluate import Evaluator
 from opd_jax.model_io import LoadedModel
 from opd_jax.models import lora, spec
 from opd_jax.pair import Pair, open_pair
 from opd_jax.samples import SampleLog
+from opd_jax.teachers import Bank, Parameters
 from opd_jax.types import TrainState, UserError
 
 log = logging.getLogger(__name__)
@@ -38,8 +41,11 @@ class Job:
     task: tasks.Task
     student: LoadedModel
     teacher: LoadedModel | None
+    bank: Bank | None
+    frozen: dict  # parameters of the teachers and of the reference, by name
     pipeline: Pipeline
     rollouts: rollout.Source
+    make_batch: BatchMaker
     objective: objective_lib.Objective
     schedule: Callable
     update: Callable
@@ -53,9 +59,12 @@ class Job:
     resumed: bool
     info: dict  # what a checkpoint remembers beside the state
 
-    @property
-    def teacher_params(self) -> dict | None:
-        return self.teacher.params if self.teacher else None
+    def scorer(self, state: TrainState) -> dict | None:
+        """Parameters of the first teacher as it is now; None without one."""
+        if self.teacher is None:
+            return None
+        kept = self.policy(state.kept) if self.bank.keeps else {}
+        return self.bank.main(Parameters(self.frozen, kept, self.policy(state.params)))
 
     def policy(self, params: dict) -> dict:
         """The student's parameters, from those that are trained."""
@@ -78,28 +87,28 @@ def setup(
         raise UserError("--workdir='' is no folder; give the folder of the run")
     parsed = tasks.with_own(parsed, own_task)
     asked, workdir = parsed, pathlib.Path(workdir)
-    objective = objective_lib.from_config(parsed, has_teacher=bool(parsed.teacher.path or parsed.teacher.recipe))
+    objective = objective_lib.from_config(parsed, has_teacher=config_lib.has_teacher(parsed))
     workdir_lib.check(workdir, asked)
     trackers.check(parsed.log)
     mesh = parallel.make_mesh(parsed.mesh.data, parsed.mesh.fsdp, parsed.mesh.tensor)
     task = tasks.from_config(parsed, own_task)
+    rewards.check(parsed, task)
+    privileged.check(parsed, task)
     _say_which_gradient(parsed, objective, progress)
     optimizer = learner.make_optimizer(parsed.learner, parsed.steps)
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=parsed.checkpoint.keep)
     resumed = bool(checkpoints.steps())
-    parsed = run_recipes(parsed, make_model, ("teacher",) if resumed and not parsed.student.lora.rank else ("student", "teacher"))
+    parsed = run_recipes(parsed, make_model, with_student=not resumed or bool(parsed.student.lora.rank) or _looks_back(parsed))
     progress.phase("loading student and teacher")
     pair = open_pair(parsed, workdir if resumed else None, mesh)
     student, teacher = pair.student, pair.teacher
+    bank, frozen = _make_bank(parsed, pair)
     pipeline = _make_pipeline(parsed, task, pair)
+    maker = _make_batch_maker(parsed, objective, task, pair, mesh)
+    maker.check(task.examples("train") if len(task.examples("train")) <= CHECKED_AT_ONCE else pipeline.batch(0).examples)
     evaluate = make_evaluator(parsed, mesh, task, pair)
-    state, step, info = _begin_or_resume(parsed, checkpoints, pair, task, optimizer, mesh)
+    state, step, info = _begin_or_resume(parsed, checkpoints, pair, bank, task, optimizer, mesh)
     student = student if student.lora else dataclasses.replace(student, params={})
-    writer = metrics.MetricsWriter(workdir)
-    writer.truncate_after(step if resumed else -1)
-    workdir_lib.describe(workdir, asked, student, base=parsed.student.path, resumed=resumed)
-    if not resumed or step < parsed.steps:
-        machine.begin_session(workdir, step, mesh)
     return Job(
         config=parsed,
         workdir=workdir,
@@ -107,14 +116,17 @@ def setup(
         task=task,
         student=student,
         teacher=teacher,
+        bank=bank,
+        frozen=frozen,
         pipeline=pipeline,
         rollouts=_make_source(parsed, student, teacher, mesh),
+        make_batch=maker,
         objective=objective,
         schedule=learner.make_schedule(parsed.learner, parsed.steps),
-        update=_make_update(parsed, objective, optimizer, student, teacher, state),
+        update=_make_update(parsed, objective, optimizer, student, bank, state),
         evaluate=evaluate,
         checkpoints=checkpoints,
-        writer=writer,
+        writer=_begin_writing(workdir, asked, student, base=parsed.student.path, done=step if resumed else -1, mesh=mesh),
         samples=SampleLog(parsed, student.tokenizer, student.config, teacher.config if teacher else None, mesh),
         trackers=trackers.make(asked, workdir, kept=step if resumed else -1),
         state=state,
@@ -124,13 +136,48 @@ def setup(
     )
 
 
-def _begin_or_resume(config: Config, checkpoints, pair: Pair, task: tasks.Task, optimizer, mesh: Mesh) -> tuple[TrainState, int, dict]:
+def _begin_writing(
+    workdir: pathlib.Path, config: Config, student: LoadedModel, *, base: str, done: int, mesh: Mesh
+) -> metrics.MetricsWriter:
+    """Describes the run in its folder, and cuts what is on record back to `done` updates (-1: nothing)."""
+    writer = metrics.MetricsWriter(workdir)
+    writer.truncate_after(done)
+    workdir_lib.describe(workdir, config, student, base=base, resumed=done >= 0)
+    if done < config.steps:
+        machine.begin_session(workdir, max(done, 0), mesh)
+    return writer
+
+
+def _looks_back(config: Config) -> bool:
+    """Whether the update needs the student as it was before training."""
+    paths = [member.path for member in teachers.asked(config).values()]
+    return teachers.STUDENT_INIT in (*paths, *([config.reference.path] if config_lib.needs_reference(config) else []))
+
+
+def _make_bank(config: Config, pair: Pair) -> tuple[Bank | None, dict]:
+    """The bank and the parameters of its models by name."""
+    models = {name: member.config for name, member in pair.members.items()}
+    frozen = {name: member.params for name, member in pair.members.items()}
+    if pair.reference is not None:
+        frozen[teachers.REFERENCE] = pair.reference.params
+    return teachers.make_bank(config, models, pair.reference and pair.reference.config), frozen
+
+
+def _make_batch_maker(config: Config, objective, task: tasks.Task, pair: Pair, mesh: Mesh) -> BatchMaker:
+    informs = objective.has_teacher and config.context.privileged.reads
+    inform = TeacherPrompts(config.context.privileged, pair.teacher_prompts) if informs else None
+    return BatchMaker(config, objective, task, pair.student.tokenizer, inform, mesh)
+
+
+def _begin_or_resume(
+    config: Config, checkpoints, pair: Pair, bank: Bank | None, task: tasks.Task, optimizer, mesh: Mesh
+) -> tuple[TrainState, int, dict]:
     """(state, its step, what a checkpoint remembers beside it)."""
     identity = workdir_lib.identity(pair, task)
     if checkpoints.steps():
-        return workdir_lib.restore(checkpoints, pair, optimizer, mesh, identity, config)
+        return workdir_lib.restore(checkpoints, pair, bank, optimizer, mesh, identity, config)
     trained = _init_adapter(pair.student, config.seed, mesh) if pair.student.lora else pair.student.params
-    return learner.init_state(trained, optimizer), 0, {"tokens_total": 0, "seconds": 0.0, **identity}
+    return learner.init_state(trained, optimizer, bank), 0, {"tokens_total": 0, "seconds": 0.0, **identity}
 
 
 def _say_which_gradient(config: Config, objective: objective_lib.Objective, progress: metrics.Progress) -> None:
@@ -150,14 +197,19 @@ def _say_which_gradient(config: Config, objective: objective_lib.Objective, prog
         )
 
 
-def run_recipes(config: Config, make_model: Callable[[str, str], str], blocks: tuple[str, ...] = ("student", "teacher")) -> Config:
-    """Replaces recipes by the folders that their runs made; a path that is given goes before a recipe."""
-    for block in blocks:
-        source = getattr(config, block)
-        if source.recipe and not source.path:
-            path = make_model(source.recipe, config.cache_dir)
-            config = dataclasses.replace(config, **{block: dataclasses.replace(source, path=path, recipe="")})
-    return config
+def run_recipes(config: Config, make_model: Callable[[str, str], str], *, with_student: bool = True) -> Config:
+    """Replaces recipes by the folders that their runs made; a path that is given goes before a recipe (of the reference: after it)."""
+
+    def made(source, default: str = ""):
+        if not source.recipe or source.path != default:
+            return source
+        return dataclasses.replace(source, path=make_model(source.recipe, config.cache_dir), recipe="")
+
+    teacher = made(config.teacher)
+    teacher = dataclasses.replace(teacher, members={name: made(member) for name, member in teacher.members.items()})
+    reference = made(config.reference, config_lib.Reference.path) if config_lib.needs_reference(config) else config.reference
+    student = made(config.student) if with_student else config.student
+    return dataclasses.replace(config, student=student, teacher=teacher, reference=reference)
 
 
 def _make_pipeline(config: Config, task: tasks.Task, pair: Pair) -> Pipeline:
@@ -188,12 +240,11 @@ def _make_source(config: Config, student: LoadedModel, teacher: LoadedModel | No
     )
 
 
-def _make_update(config: Config, objective, optimizer, student: LoadedModel, teacher: LoadedModel | None, state: TrainState) -> Callable:
-    teacher_config = teacher.config if objective.has_teacher else None
+def _make_update(config: Config, objective, optimizer, student: LoadedModel, bank: Bank | None, state: TrainState) -> Callable:
     microbatches = config.learner.microbatches
     attach = functools.partial(lora.attach, config=student.lora) if student.lora else None
     settings = {"microbatches": microbatches, "state": state, "attach": attach}
-    return learner.make_update(objective, student.config, teacher_config, optimizer, **settings)
+    return learner.make_update(objective, student.config, bank, optimizer, **settings)
 
 
 def _init_adapter(student: LoadedModel, seed: int, mesh: Mesh) -> dict:

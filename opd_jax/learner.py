@@ -15,7 +15,8 @@ from opd_jax import parallel
 from opd_jax.models import forward
 from opd_jax.models.config import ModelConfig
 from opd_jax.numerics.estimators import Context
-from opd_jax.numerics.token_stats import Target
+from opd_jax.objective import Share
+from opd_jax.teachers import Bank, Parameters
 from opd_jax.types import TrainState, View
 
 # (frozen base, trained parameters) -> parameters of the model
@@ -28,15 +29,24 @@ class Batch:
 
     student: View
     teacher: View | None
-    context: Context
-    weights_BT: jax.Array
-    denominator: jax.Array
+    mask_BT: jax.Array  # the tokens that the student, or who wrote in its place, has drawn
+    shares: tuple[Share, ...]  # of the parts of the objective
+    route_B: jax.Array | None = None  # number of the teacher of each row, where there are several
 
 
-def make_batch(objective: objective_lib.Objective, student: View, teacher: View | None, context: Context) -> Batch:
-    """Adds the weights and the global denominator of the objective's normaliser."""
-    weights_BT, denominator = objective_lib.normalise(objective, context)
-    return Batch(student, teacher, context, weights_BT, denominator)
+def make_batch(
+    objective: objective_lib.Objective,
+    student: View,
+    teacher: View | None,
+    context: Context,
+    *,
+    contexts: dict[str, Context] | None = None,
+    route_B: jax.Array | None = None,
+) -> Batch:
+    """Adds the weights and global denominators of the parts' normalisers. `contexts`: of parts that have one of their own, by name."""
+    own = contexts or {}
+    shares = tuple(objective_lib.share(part, own.get(part.name, context), objective.max_length) for part in objective.parts)
+    return Batch(student, teacher, context.mask_BT, shares, route_B)
 
 
 def make_schedule(settings: config_lib.Learner, steps: int) -> optax.Schedule:
@@ -67,15 +77,15 @@ def make_optimizer(settings: config_lib.Learner, steps: int) -> optax.GradientTr
     return optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw) if settings.clip_norm else adamw
 
 
-def init_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(params: dict, optimizer: optax.GradientTransformation, bank: Bank | None = None) -> TrainState:
     """The state before the first update; the optimizer's moments are born where their parameters lie."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(params, optimizer))
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
     step, finite = jax.device_put((jnp.int32(0), jnp.bool_(True)), (shardings.step, shardings.finite))
-    return TrainState(step, params, opt_state, finite)
+    return TrainState(step, params, opt_state, finite, bank.begin(params) if bank is not None else {})
 
 
-def abstract_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
+def abstract_state(params: dict, optimizer: optax.GradientTransformation, bank: Bank | None = None) -> TrainState:
     """Shapes and shardings of the state for parameters, real or abstract: moments like their parameters, scalars on every device."""
     first = jax.tree.leaves(params)[0].sharding
     everywhere = NamedSharding(first.mesh, PartitionSpec()) if isinstance(first, NamedSharding) else first
@@ -91,24 +101,27 @@ def abstract_state(params: dict, optimizer: optax.GradientTransformation) -> Tra
         transform_non_params=lambda leaf: like(leaf, everywhere),
     )
     scalar = {dtype: jax.ShapeDtypeStruct((), dtype, sharding=everywhere) for dtype in (jnp.int32, jnp.bool_)}
-    return TrainState(scalar[jnp.int32], jax.tree.map(lambda p: like(p, p.sharding), params), opt_state, scalar[jnp.bool_])
+    abstract = jax.tree.map(lambda p: like(p, p.sharding), params)
+    kept = abstract if bank is not None and bank.keeps else {}
+    return TrainState(scalar[jnp.int32], abstract, opt_state, scalar[jnp.bool_], kept)
 
 
 def make_update(
     objective: objective_lib.Objective,
     student_config: ModelConfig,
-    teacher_config: ModelConfig | None,
+    bank: Bank | None,
     optimizer: optax.GradientTransformation,
     *,
     microbatches: int,
     state: TrainState,
     attach: Attach = None,
 ) -> Callable:
-    """The jitted update (state, teacher_params, batch, base=None) -> (state, metrics). The state is donated; it comes back where it lay.
+    """The jitted update (state, frozen, batch, base=None) -> (state, metrics). The state is donated; it comes back where it lay.
 
-    `attach(base, trained parameters)` gives the student's parameters; without it they are what is trained.
+    `frozen` has the parameters of the bank's members, and of its reference, by name. `attach(base, trained parameters)` gives the
+    student's parameters; without it they are what is trained.
     """
-    update = _update_function(objective, student_config, teacher_config, optimizer, microbatches, attach)
+    update = _update_function(objective, student_config, bank, optimizer, microbatches, attach)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
 
@@ -121,25 +134,25 @@ def gradient(*arguments, **settings):
 def gradient_and_statistics(
     objective,
     student_config,
-    teacher_config,
+    bank: Bank | None,
     params,
-    teacher_params,
+    frozen: dict,
     batch: Batch,
     *,
+    kept=None,
     microbatches: int = 1,
     attach: Attach = None,
     base=None,
 ):
     """(what `gradient` gives, for the diagnostics: per-token statistics [B, T], squared norms of the microbatches' gradients [M])."""
-    read = functools.partial(_heads, student_config, teacher_config, teacher_params, attach, base)
+    read = functools.partial(_heads, objective, student_config, bank, (frozen, kept), attach, base)
 
     def piece(micro: Batch):
         def loss(params):
-            head, target = read(params, micro)
-            value, sums = objective_lib.loss(
-                objective, head, target, micro.student.completion_BT, micro.context, micro.weights_BT, micro.denominator
-            )
-            return value, (sums, objective_lib.look(objective, head, target, micro.student.completion_BT))
+            head, targets = read(params, micro)
+            tokens_BT = micro.student.completion_BT
+            value, sums = objective_lib.loss(objective, head, targets, tokens_BT, micro.mask_BT, micro.shares)
+            return value, (sums, objective_lib.look(objective, head, targets["teacher"], tokens_BT))
 
         (value, (sums, stats)), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return (value, sums, grads), stats
@@ -147,7 +160,7 @@ def gradient_and_statistics(
     if microbatches == 1:
         total, stats = piece(batch)
         return total, (stats, None)
-    if objective.estimator.looks_across:
+    if objective.looks_across:
         batch = _prepare(objective, functools.partial(read, params), batch, microbatches)
     pieces = _split(batch, microbatches)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(piece, jax.tree.map(lambda x: x[0], pieces))[0])
@@ -163,24 +176,31 @@ def gradient_and_statistics(
     return total, (jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), stats), square_M)
 
 
-def _heads(student_config, teacher_config, teacher_params, attach: Attach, base, params, micro: Batch):
-    """(what the student says, what it is compared with) for some rows; the teacher has no gradient."""
-    target = None
-    if teacher_config is not None:
-        target = Target((jax.lax.stop_gradient(forward.hidden(teacher_params, teacher_config, micro.teacher)),))
-    return forward.hidden(attach(base, params) if attach else params, student_config, micro.student), target
+def _heads(objective: objective_lib.Objective, student_config, bank: Bank | None, others, attach: Attach, base, params, micro: Batch):
+    """(what the student says, what it is compared with) for some rows; teacher and reference have no gradient."""
+    frozen, kept = others
+    whole = functools.partial(attach, base) if attach else lambda trained: trained
+    own = whole(params)
+    targets = {"teacher": None, "reference": None}
+    if bank is not None:
+        parameters = jax.lax.stop_gradient(Parameters(frozen, whole(kept) if bank.keeps else {}, own))
+        if micro.teacher is not None:
+            targets["teacher"] = bank.target(parameters, micro.teacher, micro.student, micro.route_B)
+        if objective.has_reference:
+            targets["reference"] = bank.reference_target(parameters, micro.student)
+    return forward.hidden(own, student_config, micro.student), targets
 
 
 def _prepare(objective: objective_lib.Objective, read: Callable, batch: Batch, microbatches: int) -> Batch:
     """What looks across rows, made before the batch is split: one more pass of student and teacher, without gradients."""
 
     def piece(_, micro: Batch):
-        head, target = read(micro)
-        return None, objective_lib.statistics(objective, head, target, micro.student.completion_BT)
+        head, targets = read(micro)
+        return None, objective_lib.statistics(objective, head, targets, micro.student.completion_BT)
 
     _, stats = jax.lax.scan(piece, None, _split(batch, microbatches))
     whole = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), stats)
-    return batch.replace(context=objective_lib.prepared(objective, whole, batch.context))
+    return batch.replace(shares=objective_lib.prepared(objective, whole, batch.shares))
 
 
 def _split(batch: Batch, microbatches: int) -> Batch:
@@ -198,28 +218,26 @@ def _split(batch: Batch, microbatches: int) -> Batch:
     return jax.tree.map(deal, batch)
 
 
-def _update_function(objective, student_config, teacher_config, optimizer, microbatches, attach):
-    def update(state: TrainState, teacher_params, batch: Batch, base=None) -> tuple[TrainState, dict]:
-        settings = {"microbatches": microbatches, "attach": attach, "base": base}
-        (loss, sums, grads), statistics = gradient_and_statistics(
-            objective, student_config, teacher_config, state.params, teacher_params, batch, **settings
-        )
+def _update_function(objective, student_config, bank, optimizer, microbatches, attach):
+    def update(state: TrainState, frozen, batch: Batch, base=None) -> tuple[TrainState, dict]:
+        settings = {"kept": state.kept, "microbatches": microbatches, "attach": attach, "base": base}
+        (loss, sums, grads), statistics = gradient_and_statistics(objective, student_config, bank, state.params, frozen, batch, **settings)
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         # The host sees metrics one step late: until then a bad gradient, and what follows it, must leave the state as it was.
         metrics = {"train/loss": loss, "train/grad_norm": grad_norm, **objective_lib.metrics(sums)}
         finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, metrics.values()), state.finite)
-        moved = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, finite)
+        params = optax.apply_updates(state.params, updates)
+        kept = bank.advance(state.kept, params, state.step + 1) if bank is not None else state.kept
+        moved = TrainState(state.step + 1, params, opt_state, finite, kept)
         state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state.replace(finite=finite))
         if objective.diagnostics:  # beside the others: a quantity that does not exist is NaN, and no reason to stop
-            metrics["diagnostics"] = objective_lib.diagnose(*statistics, grad_norm, batch.context)
+            metrics["diagnostics"] = objective_lib.diagnose(*statistics, grad_norm, batch.shares[0].context)
         return state, metrics
 
     return update
 
 
 def place(mesh: Mesh, batch: Batch) -> Batch:
-    """Rows of a batch over the batch axes of the mesh."""
-    scalar = parallel.replicate(batch.denominator, mesh)
-    rows = parallel.shard_batch(batch.replace(denominator=None), mesh)
-    return rows.replace(denominator=scalar)
+    """Rows of a batch over the batch axes of the mesh, scalars on every device."""
+    return jax.tree.map(lambda x: parallel.shard_batch(x, mesh) if jnp.ndim(x) else parallel.replicate(x, mesh), batch)

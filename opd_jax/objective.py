@@ -2,10 +2,11 @@
 
 import dataclasses
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
-from opd_jax import parallel
+from opd_jax import parallel, teachers
 from opd_jax.config import Config, ConfigError, check_choice
 from opd_jax.numerics import baselines, credit, diagnostics, entries, estimators, importance, masked
 from opd_jax.numerics.estimators import Context, Estimator
@@ -13,36 +14,89 @@ from opd_jax.numerics.token_stats import SUPPORTS, TAILS, Head, Signal, Stats, T
 
 
 @dataclasses.dataclass(frozen=True)
-class Objective:
-    """L = (1 / Z) sum_bt w_bt (loss of the estimator at b, t). Hashable: a static argument of jitted functions."""
+class Part:
+    """One term of the loss, coefficient / Z sum_bt w_bt (loss of the estimator at b, t), with a mask and a normaliser of its own."""
 
+    name: str  # distillation, reward, labels, reference or entropy
     estimator: Estimator
-    normaliser: str
+    coefficient: float = 1.0
+    normaliser: str = "token_mean"
+    against: str = "teacher"  # the target that it compares with: teacher or reference
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """The sum of its parts; the first is what metrics and diagnostics speak of. Hashable: a static argument of jitted functions."""
+
+    parts: tuple[Part, ...]
     max_length: int  # tokens, the divisor of normaliser="constant"
     has_teacher: bool  # the teacher scores each update's completions
     diagnostics: bool = False  # measure diag/ beside the loss
+
+    @property
+    def estimator(self) -> Estimator:
+        """Of the first part."""
+        return self.parts[0].estimator
+
+    @property
+    def looks_across(self) -> bool:
+        return any(part.estimator.looks_across for part in self.parts)
+
+    @property
+    def has_reference(self) -> bool:
+        return any(part.against == "reference" for part in self.parts)
 
     @property
     def shown(self) -> frozenset[str]:
         """Statistics that the metrics show, at temperature 1."""
         return frozenset({"logp", "entropy"} | ({"target_logp", "kl"} if self.has_teacher else set()))
 
-    @property
-    def needs(self) -> frozenset[str]:
-        """Statistics that the estimator uses, and those that the metrics show."""
-        return self.shown | set(self.estimator.needs)
+
+# What each model of the loss says of some rows: heads of the student, targets by the name of who is compared with.
+Targets = dict[str, Target | None]
 
 
 def from_config(config: Config, *, has_teacher: bool) -> Objective:
     """The objective of a validated config. Raises ConfigError for a signal or credit that does not exist or does not fit."""
-    built = _estimator(config)
-    if built.signal.needs_target and not has_teacher:
+    teachers.check(config)
+    parts = _parts(config)
+    needing = next((part for part in parts if part.against == "teacher" and part.estimator.signal.needs_target), None)
+    if needing and not has_teacher:
         raise ConfigError(
             f"config field teacher.path = '' must name a model, because signal.divergence = {config.signal.divergence!r} needs a teacher"
         )
     # Cross-entropy needs no teacher, and the metrics that compare with one speak of the student's own completions.
-    scored = has_teacher and (built.signal.needs_target or config.rollout.source == "student")
-    return Objective(built, config.loss.normaliser, config.rollout.max_new_tokens, scored, config.log.diagnostics)
+    scored = has_teacher and (bool(needing) or config.rollout.source == "student")
+    return Objective(parts, config.rollout.max_new_tokens, scored, config.log.diagnostics)
+
+
+def _parts(config: Config) -> tuple[Part, ...]:
+    loss, reward, regulariser = config.loss, config.reward, config.regulariser
+    warm = {"student_temperature": loss.student_temperature}
+    parts = []
+    if config.signal.weight:
+        parts.append(Part("distillation", _estimator(config), config.signal.weight, loss.normaliser))
+    if reward.weight:
+        built = _from_numerics(lambda: estimators.rewarded.build(clip_low=reward.clip_low, clip_high=reward.clip_high, **warm))
+        parts.append(Part("reward", built, reward.weight, loss.normaliser))
+    if loss.labels:
+        parts.append(Part("labels", _from_numerics(lambda: estimators.build(Signal("nll"), "token", 1.0)), loss.labels, loss.normaliser))
+    if regulariser.kl:
+        built = _from_numerics(lambda: estimators.build(Signal(regulariser.divergence, **warm), "token", 1.0))
+        parts.append(Part("reference", built, regulariser.kl, loss.normaliser, "reference"))
+    if regulariser.entropy:
+        built = _from_numerics(lambda: estimators.build(Signal("negative_entropy", **warm), "token", 1.0))
+        parts.append(Part("entropy", built, regulariser.entropy, loss.normaliser))
+    if not parts:
+        raise ConfigError("config field signal.weight = 0 leaves no loss; give it, reward.weight, loss.labels or regulariser.kl a value")
+    return tuple(parts)
+
+
+def _from_numerics(make):
+    try:
+        return make()
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _estimator(config: Config) -> Estimator:
@@ -77,10 +131,7 @@ def _estimator(config: Config) -> Estimator:
         "teacher_temperature": loss.teacher_temperature,
     }
     choices = {name: getattr(asked, name) for name in ("exact_future", "baseline", "importance", "clip")}
-    try:
-        return estimators.build(Signal(**compared), asked.credit, asked.gamma, **choices)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    return _from_numerics(lambda: estimators.build(Signal(**compared), asked.credit, asked.gamma, **choices))
 
 
 def claim(objective: Objective, config: Config) -> str:
@@ -91,8 +142,9 @@ def claim(objective: Objective, config: Config) -> str:
         spoilt.append(f"rollout.{truncated[0]} draws nothing outside its tokens, which no ratio brings back")
     elif law.temperature != config.loss.student_temperature and asked not in ("cumulative", "sequence"):
         spoilt.append(f"completions are drawn at temperature {law.temperature:g}, corrected by estimator.importance={asked}")
-    if objective.normaliser in ("token_mean", "sequence_mean"):
-        spoilt.append(f"lengths weigh completions (loss.normaliser={objective.normaliser})")
+    normaliser = objective.parts[0].normaliser
+    if normaliser in ("token_mean", "sequence_mean"):
+        spoilt.append(f"lengths weigh completions (loss.normaliser={normaliser})")
     return f"{objective.estimator.claim}{', but for: ' if spoilt else ''}{'; '.join(spoilt)}"
 
 
@@ -100,49 +152,87 @@ def _truncations(law) -> list[tuple]:
     return [("top_p", law.top_p, 1.0), ("top_k", law.top_k, 0), ("min_p", law.min_p, 0.0)]
 
 
-def normalise(objective: Objective, context: Context) -> tuple[jax.Array, jax.Array]:
-    """(weights [B, T], Z): made from the whole batch, before it is split."""
-    return masked.normaliser(objective.normaliser, context.mask_BT, max_length=objective.max_length)
+@flax.struct.dataclass
+class Share:
+    """What a part needs of a batch, made from the whole of it before it is split."""
+
+    context: Context
+    weights_BT: jax.Array
+    denominator: jax.Array
+
+
+def share(part: Part, context: Context, max_length: int) -> Share:
+    """With the weights and the global denominator of the part's normaliser."""
+    return Share(context, *masked.normaliser(part.normaliser, context.mask_BT, max_length=max_length))
 
 
 def loss(
     objective: Objective,
     student: Head,
-    target: Target | None,
+    targets: Targets,
     tokens_BT: jax.Array,
-    context: Context,
-    weights_BT: jax.Array,
-    denominator: jax.Array,
+    mask_BT: jax.Array,
+    shares: tuple["Share", ...],
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """(the share of these rows in the loss, masked sums for the metrics). Shares and sums of microbatches add up."""
-    signal = objective.estimator.signal
-    exact = (signal.student_temperature, signal.teacher_temperature) == (1.0, 1.0)
-    own = {"logp", *objective.estimator.needs}
-    stats = token_stats(student, target, tokens_BT, signal=signal, needs=objective.needs if exact else own)
-    context = prepared(objective, stats, context)
-    shown = stats
+    """(what these rows add to the loss, masked sums for the metrics); those of microbatches add up. `shares` are those of the parts."""
+    found, shown = _statistics(objective, student, targets, tokens_BT)
+    values = []
+    for part, stats, share in zip(objective.parts, found, shares, strict=True):
+        term = part.estimator.terms(stats, _prepared(part, stats, share.context))
+        loss_B = estimators.loss_B(stats, dataclasses.replace(term, mask_BT=term.mask_BT * share.weights_BT))
+        value = jnp.sum(loss_B) / share.denominator
+        values.append(value if part.coefficient == 1 else part.coefficient * value)
+    sums = _sums(shown, mask_BT)
+    if len(values) > 1:
+        sums |= {f"loss_{part.name}": value for part, value in zip(objective.parts, values, strict=True)}
+    return sum(values[1:], values[0]), jax.lax.stop_gradient(sums)
+
+
+def _statistics(objective: Objective, student: Head, targets: Targets, tokens_BT: jax.Array) -> tuple[list[Stats], Stats]:
+    """(statistics for each part, those that the metrics show): one pass over the vocabulary for each signal and target."""
+    passes: dict[tuple, set[str]] = {}
+    for part in objective.parts:
+        passes.setdefault(_pass_of(objective, part), set()).update({"logp", *part.estimator.needs})
+    first = _pass_of(objective, objective.parts[0])
+    exact = (first[0].student_temperature, first[0].teacher_temperature) == (1.0, 1.0)
+    if exact:
+        passes[first] |= objective.shown
+    made = {
+        (signal, against): token_stats(student, targets[against], tokens_BT, signal=signal, needs=frozenset(needs))
+        for (signal, against), needs in passes.items()
+    }
+    shown = made[first]
     if not exact:
-        shown = token_stats(jax.lax.stop_gradient(student), target, tokens_BT, signal=Signal("nll"), needs=objective.shown)
-    term = objective.estimator.terms(stats, context)
-    loss_B = estimators.loss_B(stats, dataclasses.replace(term, mask_BT=term.mask_BT * weights_BT))
-    return jnp.sum(loss_B) / denominator, jax.lax.stop_gradient(_sums(shown, context))
+        shown = token_stats(jax.lax.stop_gradient(student), targets["teacher"], tokens_BT, signal=Signal("nll"), needs=objective.shown)
+    return [made[_pass_of(objective, part)] for part in objective.parts], shown
 
 
-def statistics(objective: Objective, student: Head, target: Target | None, tokens_BT: jax.Array) -> Stats:
-    """What the estimator looks at, without a gradient: for `prepared`, where a batch is split."""
-    stats = token_stats(student, target, tokens_BT, signal=objective.estimator.signal, needs={"logp", *objective.estimator.needs})
-    return jax.lax.stop_gradient(stats)
+def _pass_of(objective: Objective, part: Part) -> tuple[Signal, str]:
+    """(signal, target) of the pass that serves a part: that of the first part, where the log-prob alone is asked for."""
+    first, own = objective.parts[0].estimator.signal, part.estimator
+    if set(own.needs) <= {"logp"} and own.signal.student_temperature == first.student_temperature:
+        return first, objective.parts[0].against
+    return own.signal, part.against
 
 
-def prepared(objective: Objective, stats: Stats, context: Context) -> Context:
-    """The context with what looks across rows, from the statistics of the whole batch; once it is there it stays."""
-    if not objective.estimator.looks_across or context.baseline_BT is not None:
+def statistics(objective: Objective, student: Head, targets: Targets, tokens_BT: jax.Array) -> list[Stats]:
+    """What the estimators look at, without a gradient: for `prepared`, where a batch is split."""
+    return jax.lax.stop_gradient(_statistics(objective, student, targets, tokens_BT)[0])
+
+
+def prepared(objective: Objective, found: list[Stats], shares: tuple[Share, ...]) -> tuple[Share, ...]:
+    """The shares with what looks across rows, from the statistics of the whole batch; once it is there it stays."""
+    each = zip(objective.parts, found, shares, strict=True)
+    return tuple(one.replace(context=_prepared(part, stats, one.context)) for part, stats, one in each)
+
+
+def _prepared(part: Part, stats: Stats, context: Context) -> Context:
+    if not part.estimator.looks_across or context.baseline_BT is not None:
         return context
-    return objective.estimator.prepare(jax.lax.stop_gradient(stats), context)
+    return part.estimator.prepare(jax.lax.stop_gradient(stats), context)
 
 
-def _sums(stats: Stats, context: Context) -> dict[str, jax.Array]:
-    mask_BT = context.mask_BT
+def _sums(stats: Stats, mask_BT: jax.Array) -> dict[str, jax.Array]:
     sums = {"tokens": jnp.sum(mask_BT, dtype=jnp.float32), "entropy": masked.masked_sum(stats.entropy_BT, mask_BT)}
     if stats.kl_BT is not None:
         sums["kl"] = masked.masked_sum(stats.kl_BT, mask_BT)
@@ -187,4 +277,5 @@ def metrics(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Means per token of the sums of a whole batch."""
     tokens = jnp.maximum(sums["tokens"], 1.0)
     names = {"kl": "train/reverse_kl", "log_ratio": "train/log_ratio_mean", "entropy": "rollout/entropy"}
-    return {"train/tokens": sums["tokens"]} | {name: sums[key] / tokens for key, name in names.items() if key in sums}
+    losses = {f"train/{key}": value for key, value in sums.items() if key.startswith("loss_")}
+    return {"train/tokens": sums["tokens"]} | {name: sums[key] / tokens for key, name in names.items() if key in sums} | losses

@@ -1,4 +1,4 @@
-"""Student and teacher of a run: opened, made to fit each other, and how each of them reads prompts."""
+"""Student, teachers and reference of a run: opened, made to fit each other, and how each of them reads prompts."""
 
 import dataclasses
 import math
@@ -24,13 +24,19 @@ from opd_jax.types import UserError
 @dataclasses.dataclass(frozen=True)
 class Pair:
     student: LoadedModel
-    teacher: LoadedModel | None
+    members: dict[str, LoadedModel]  # the teachers, by name
+    reference: LoadedModel | None
     student_prompts: Encoder
-    teacher_prompts: Encoder | None  # None: the teacher reads what the student reads
+    teacher_prompts: Encoder | None  # None: the teachers read what the student reads
+
+    @property
+    def teacher(self) -> LoadedModel | None:
+        """The first."""
+        return next(iter(self.members.values()), None)
 
 
 def open_pair(config: Config, resumed_from: pathlib.Path | None, mesh: Mesh) -> Pair:
-    """Loads both models and masks the padding rows of their vocabularies.
+    """Loads the models and masks the padding rows of their vocabularies.
 
     A resumed student comes without parameters, unless they are the base of an adapter; a teacher with that path shares its arrays.
 
@@ -45,17 +51,34 @@ def open_pair(config: Config, resumed_from: pathlib.Path | None, mesh: Mesh) -> 
         student = dataclasses.replace(student, lora=adapter and _fitted(adapter, student, config.student.lora.targets))
     else:
         student = _random_student(config, mesh)
-    teacher = None
-    if adapter is not None and config.teacher.path == config.student.path:
-        teacher = dataclasses.replace(student, lora=None)
-    elif config.teacher.path:
-        teacher = model_io.open_model(config.teacher.path, mesh=mesh, dtype=jnp.dtype(config.model.compute_dtype))
-    if teacher is not None and config.rollout.stop == "union":
-        student, teacher = _share_stops(student, teacher)
-    encoders = _make_encoders(config, student, teacher)
+    members = {name: _open_other(config, member.path, student, mesh, resumed_from) for name, member in teachers.asked(config).items()}
+    reference = _open_other(config, config.reference.path, student, mesh, resumed_from) if config_lib.needs_reference(config) else None
+    if members and config.rollout.stop == "union":
+        student, *others = _share_stops(student, *members.values())
+        members = dict(zip(members, others, strict=True))
+    others = {f"teacher {name}": member for name, member in members.items()} | ({"reference.path": reference} if reference else {})
+    encoders = _make_encoders(config, student, list(members.values()), list(others.values()))
     compute = {"compute_dtype": config.model.compute_dtype}
     prepared = _prepare(student, student.tokenizer, "student.path", remat=config.model.remat, **compute)
-    return Pair(prepared, teacher and _prepare(teacher, student.tokenizer, "teacher.path", **compute), *encoders)
+    single = {"teacher teacher": "teacher.path"}
+    others = {field: _prepare(model, student.tokenizer, single.get(field, field), **compute) for field, model in others.items()}
+    members = {name: others[f"teacher {name}"] for name in members}
+    return Pair(prepared, members, others.get("reference.path"), *encoders)
+
+
+def _open_other(config: Config, path: str, student: LoadedModel, mesh: Mesh, resumed_from: pathlib.Path | None) -> LoadedModel:
+    """A teacher or the reference. One that is the base of the student's adapter shares its arrays."""
+    adapted = student.lora is not None
+    if adapted and path in (config.student.path, teachers.STUDENT_INIT):
+        return dataclasses.replace(student, lora=None)
+    dtype = jnp.dtype(config.model.compute_dtype)
+    if path != teachers.STUDENT_INIT:
+        return model_io.open_model(path, mesh=mesh, dtype=dtype)
+    if resumed_from is not None:  # what the checkpoint holds has been trained
+        path = config.student.path
+        again = model_io.open_model(path, mesh=mesh, dtype=dtype) if path else _random_student(config, mesh)
+        return dataclasses.replace(student, params=jax.tree.map(lambda x: x.astype(dtype), again.params))
+    return dataclasses.replace(student, params=jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), student.params))
 
 
 def _lora_config(settings: config_lib.Lora) -> LoraConfig | None:
@@ -115,15 +138,22 @@ def _random_student(config: Config, mesh: Mesh) -> LoadedModel:
     return LoadedModel(params, model_config, tokenizer)
 
 
-def _make_encoders(config: Config, student: LoadedModel, teacher: LoadedModel | None) -> tuple[Encoder, Encoder | None]:
-    """How student and teacher read prompts; None for a teacher that reads what the student reads. Raises UserError."""
-    readers = contexts.make_readers(config.context, student.tokenizer, teacher.tokenizer if teacher else None)
+def _make_encoders(
+    config: Config, student: LoadedModel, members: list[LoadedModel], others: list[LoadedModel]
+) -> tuple[Encoder, Encoder | None]:
+    """How student and teachers read prompts; None for teachers that read what the student reads. Raises UserError."""
+    own, theirs = contexts.make_readers(config.context, student.tokenizer, members[0].tokenizer if members else None)
+    for model in others:
+        contexts.make_readers(config.context, student.tokenizer, model.tokenizer)  # refuses one whose ids are not the student's
+    if members and config.context.privileged.reads:
+        theirs = theirs or own
     new, overlong = config.rollout.max_new_tokens, config.rollout.overlong
-    room, teacher_room = ((model.config.max_position_embeddings if model else math.inf) - new for model in (student, teacher))
+    room = student.config.max_position_embeddings - new
+    teacher_room = min((model.config.max_position_embeddings for model in others), default=math.inf) - new
     if min(room, teacher_room) < 1:
         context = min(room, teacher_room) + new
         raise ConfigError(f"config field rollout.max_new_tokens = {new} must be below the context of the models, {context} tokens")
-    if readers[1] is None:
+    if theirs is None:
         room = min(room, teacher_room)
-    own = Encoder(readers[0], min(config.rollout.max_prompt_length, room), overlong)
-    return own, Encoder(readers[1], teacher_room, overlong) if readers[1] else None
+    student_encoder = Encoder(own, min(config.rollout.max_prompt_length, room), overlong)
+    return student_encoder, Encoder(theirs, teacher_room, overlong) if theirs else None

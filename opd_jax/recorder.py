@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax import cost, machine
-from opd_jax.data import tasks
+from opd_jax import cost, machine, rewards
+from opd_jax.batches import Made
 from opd_jax.data.pipeline import Batch
 from opd_jax.diagnostics import Diagnostics
 from opd_jax.job import Job
@@ -26,6 +26,7 @@ class Pending:
     step: int
     prompts: Batch
     completions: Rollout
+    made: Made  # without the batch itself, whose arrays need not outlive the update
     measured: dict
     annotated: Annotated | None
     finished: Future  # -> the time when the device had finished it
@@ -64,13 +65,16 @@ class Recorder:
             yield self._write({"step": 0, **self._evaluation(0)})
         self._clock = time.perf_counter()
 
-    def annotate(self, step: int, prompts: Batch, completions: Rollout) -> Annotated | None:
+    def annotate(self, step: int, prompts: Batch, completions: Rollout, made: Made) -> Annotated | None:
         """Scores the samples of update number `step`, where they are due, by the student that wrote them: call it before the update."""
         if not self.job.samples.due(step):
             return None
-        return self.job.samples.annotate(self.job.policy(self.state.params), self.job.teacher_params, prompts, completions)
+        scorer = self.job.scorer(self.state)
+        return self.job.samples.annotate(self.job.policy(self.state.params), scorer, (prompts.prompts, made.teacher_prompts), completions)
 
-    def record(self, step: int, prompts: Batch, completions: Rollout, measured: dict, annotated: Annotated | None) -> Iterator[dict]:
+    def record(
+        self, step: int, prompts: Batch, completions: Rollout, made: Made, measured: dict, annotated: Annotated | None
+    ) -> Iterator[dict]:
         """Takes what update number `step` gave, writes what is due, yields the records written."""
         config = self.job.config
         last = step == config.steps
@@ -78,7 +82,8 @@ class Recorder:
         save = last or step % config.checkpoint.every == 0
         finished = self._waiter.submit(_finish_time, measured)
         # Taken in before anything is yielded: whoever leaves the loop at a yield must not lose this step.
-        previous, self._pending = self._pending, Pending(step, prompts, completions, measured, annotated, finished)
+        made = dataclasses.replace(made, batch=None)
+        previous, self._pending = self._pending, Pending(step, prompts, completions, made, measured, annotated, finished)
         if previous is not None:
             yield self._complete(previous)
         if evaluate or save:
@@ -131,11 +136,11 @@ class Recorder:
 
     def _rollout_metrics(self, pending: Pending) -> dict[str, float]:
         prompts, completions = pending.prompts, pending.completions
-        config, tokenizer, task = self.job.config, self.job.student.tokenizer, self.job.task
-        mask_BT, tokens_BT = np.asarray(completions.mask_BT), np.asarray(completions.tokens_BT)
+        config = self.job.config
+        mask_BT = np.asarray(completions.mask_BT)
         completion = int(mask_BT.sum())
         self._info["tokens_total"] += completion
-        prompt, teacher_prompt = (int(np.asarray(read.mask_BS).sum()) for read in (prompts.prompts, prompts.teacher_prompts))
+        prompt, teacher_prompt = (int(np.asarray(read.mask_BS).sum()) for read in (prompts.prompts, pending.made.teacher_prompts))
         work = self._account.work(prompt=prompt, teacher_prompt=teacher_prompt, completion=completion)
         for name, amount in work._asdict().items():
             self._info[name] += amount
@@ -147,13 +152,14 @@ class Recorder:
             "cost/flops_total": float(self._info["flops"]),
             "cost/generated_tokens_total": self._info["generated_tokens"],
             "cost/scored_tokens_total": self._info["scored_tokens"],
+            **pending.made.counts,
         }
         if pending.annotated is not None:
             self.job.writer.samples(self.job.samples.lines(pending.step, prompts, pending.annotated))
-        if task.verifiable and config.rollout.source != "dataset":
-            examples = [example for example in prompts.examples for _ in range(config.rollout.group_size)]
-            texts = [tokenizer.decode(tokens[mask].tolist()) for tokens, mask in zip(tokens_BT, mask_BT, strict=True)]
-            record["rollout/reward"] = float(np.mean([verdict.reward for verdict in tasks.verify_many(task, examples, texts)]))
+        if self.job.task.verifiable and config.rollout.source != "dataset":
+            judged = pending.made.judged or self.job.make_batch.judge(prompts, completions)
+            record["rollout/reward"] = float(judged.reward_B.mean())
+            record |= rewards.metrics(judged, config.rollout.group_size)
         return record
 
     def _evaluation(self, step: int) -> dict[str, float]:

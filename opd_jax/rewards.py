@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from opd_jax import files
+from opd_jax.config import Config, ConfigError, check_choice, needs_verdicts
 from opd_jax.data import tasks
 from opd_jax.data.privileged import Attempt
 from opd_jax.data.tasks import Example, Task
@@ -137,8 +138,31 @@ def term_mask(
     return mask_B & np.asarray(stopped_B, bool) if mask_overlong else mask_B
 
 
+def check(config: Config, task: Task) -> None:
+    """Refuses, before any work, what the config asks of verdicts and the task cannot give. Raises ConfigError."""
+    settings, group_size = config.reward, config.rollout.group_size
+    check_choice("reward.advantage", settings.advantage, ADVANTAGES)
+    if not needs_verdicts(config):
+        return
+    if not task.verifiable:
+        raise ConfigError(
+            f"config field task.name = {task.name!r} has no verifier, which reward.weight = {settings.weight:g}, masking or "
+            "context.privileged.reads ask for; choose another task, or leave them at their defaults"
+        )
+    if settings.weight and config.rollout.source != "student":
+        raise ConfigError(
+            f"config field rollout.source = {config.rollout.source!r} must be 'student', because reward.weight = {settings.weight:g} is "
+            "for the student's own completions"
+        )
+    if settings.weight and settings.advantage != "none" and group_size < 2:
+        raise ConfigError(
+            f"config field reward.advantage = {settings.advantage!r} compares the rollouts of a prompt, but rollout.group_size = "
+            f"{group_size}; give 2 or more, or 'none'"
+        )
+
+
 def metrics(judged: Judged, group_size: int) -> dict[str, float]:
-    """The record's reward/ metrics of a step; opd_jax/glossary.py has their formulas."""
+    """The record's reward/ metrics of a step; opd_jax/glossary/updates.py has their formulas."""
     reward_PG = _grouped(judged.reward_B, group_size)
     solved_PG = reward_PG >= 1
     return {

@@ -15,7 +15,7 @@ from opd_jax.data.pipeline import Batch
 from opd_jax.data.tokenizer import Tokenizer
 from opd_jax.models.config import ModelConfig
 from opd_jax.score import Annotation
-from opd_jax.types import Rollout
+from opd_jax.types import Prompts, Rollout
 
 TOP = 5  # of the teacher's most probable tokens are logged
 CONTEXT = 4  # prompt tokens decoded with a completion, so that its first token has the space before it
@@ -46,9 +46,12 @@ class SampleLog:
         every = self._config.log.samples_every
         return bool(every) and (step == 1 or step % every == 0 or step == self._config.steps)
 
-    def annotate(self, params: dict, teacher_params: dict | None, prompts: Batch, completions: Rollout) -> Annotated:
-        """Starts the scoring of the first completions. Call it before the update, which takes the parameters' buffers."""
-        return self._annotate(params, teacher_params, (prompts.prompts, prompts.teacher_prompts), completions)
+    def annotate(self, params: dict, teacher_params: dict | None, prompts: tuple[Prompts, Prompts], completions: Rollout) -> Annotated:
+        """Starts the scoring of the first completions. Call it before the update, which takes the parameters' buffers.
+
+        `prompts`: as the student reads them, and as the teacher does.
+        """
+        return self._annotate(params, teacher_params, prompts, completions)
 
     def lines(self, step: int, prompts: Batch, annotated: Annotated) -> Iterator[dict]:
         """The lines of samples.jsonl, as report.py reads them."""

@@ -6,19 +6,15 @@ import pathlib
 from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 
-from opd_jax import checkpoint, learner, parallel
+from opd_jax import checkpoint
 from opd_jax import config as config_lib
 from opd_jax.cli import Interrupted, StopRequest
 from opd_jax.config.loading import load_config
-from opd_jax.data.pipeline import Batch
 from opd_jax.data.tasks import Task
-from opd_jax.job import Job, setup
+from opd_jax.job import setup
 from opd_jax.metrics import Progress
-from opd_jax.numerics.estimators import Context
 from opd_jax.recorder import Recorder
-from opd_jax.types import Rollout, view
 
 
 def run(config, workdir, *, task: Task | None = None, stop: StopRequest | None = None, progress: Progress | None = None) -> Iterator[dict]:
@@ -43,25 +39,13 @@ def run(config, workdir, *, task: Task | None = None, stop: StopRequest | None =
                 raise Interrupted(stop.signum)
             with jax.set_mesh(job.mesh):
                 prompts = job.pipeline.batch(step)
-                completions = job.rollouts(job.policy(recorder.state.params), job.teacher_params, prompts, step)
-                batch = make_batch(job, prompts, completions)
-                annotated = recorder.annotate(step + 1, prompts, completions)
-                recorder.state, measured = job.update(recorder.state, job.teacher_params, batch, job.student.params)
-            yield from recorder.record(step + 1, prompts, completions, measured, annotated)
+                completions = job.rollouts(job.policy(recorder.state.params), job.scorer(recorder.state), prompts, step)
+                made = job.make_batch(prompts, completions)
+                annotated = recorder.annotate(step + 1, prompts, completions, made)
+                recorder.state, measured = job.update(recorder.state, job.frozen, made.batch, job.student.params)
+            yield from recorder.record(step + 1, prompts, completions, made, measured, annotated)
     finally:
         recorder.close()
-
-
-def make_batch(job: Job, prompts: Batch, completions: Rollout) -> learner.Batch:
-    """What student and teacher read for these completions, and what looks across rows."""
-    student, teacher = parallel.shard_batch((prompts.prompts, prompts.teacher_prompts), job.mesh)
-    context = Context(
-        mask_BT=completions.mask_BT,
-        behaviour_logp_BT=completions.behaviour_logp_BT,
-        group_B=jnp.arange(len(completions.mask_BT)) // job.config.rollout.group_size,
-    )
-    teacher_view = view(teacher, completions) if job.objective.has_teacher else None
-    return learner.place(job.mesh, learner.make_batch(job.objective, view(student, completions), teacher_view, context))
 
 
 def make_model(recipe: str, cache_dir: str, *, stop: StopRequest | None = None, progress: Progress | None = None) -> str:

@@ -70,6 +70,7 @@ class TrainState:
     params: dict
     opt_state: tuple
     finite: jax.Array  # bool; once a loss or gradient is not finite, no later update changes anything
+    kept: dict = flax.struct.field(default_factory=dict)  # a copy of the student that follows it, of a teacher bank that has one
 
 
 def view(prompts: Prompts, rollout: Rollout) -> View:

@@ -9,7 +9,7 @@ import pathlib
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from opd_jax import checkpoint, cost, files, learner, metrics, model_io
+from opd_jax import checkpoint, cost, files, learner, metrics, model_io, teachers
 from opd_jax import config as config_lib
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.config import Config
@@ -17,6 +17,7 @@ from opd_jax.data import tasks
 from opd_jax.model_io import LoadedModel
 from opd_jax.models import lora, spec, transformer
 from opd_jax.pair import Pair
+from opd_jax.teachers import Bank
 from opd_jax.types import TrainState, UserError
 
 log = logging.getLogger(__name__)
@@ -72,12 +73,18 @@ def describe(workdir: pathlib.Path, config: Config, student: LoadedModel, *, bas
 
 def identity(pair: Pair, task: tasks.Task) -> dict[str, str]:
     """Hashes of what a run reads and never writes; a resumed run must find the same."""
-    student, teacher = pair.student, pair.teacher
+    student = pair.student
     base = spec.content_hash(student.params) if student.lora else ""
-    shared = student.lora is not None and teacher is not None and teacher.params is student.params
-    scorer = base if shared else spec.content_hash(teacher.params) if teacher else ""
+    others = [*pair.members.values(), *([pair.reference] if pair.reference else [])]
+    scorers = [base if student.lora and other.params is student.params else spec.content_hash(other.params) for other in others]
     readers = [encoder.reader.digest for encoder in (pair.student_prompts, pair.teacher_prompts) if encoder]
-    return {"base_hash": base, "teacher_hash": scorer, "data_hash": task.digest, "prompts_hash": " ".join(readers)}
+    return {"base_hash": base, "teacher_hash": " ".join(scorers), "data_hash": task.digest, "prompts_hash": " ".join(readers)}
+
+
+def _others(config: Config) -> str:
+    """Paths of the teachers, and of the reference where there is one."""
+    paths = [member.path for member in teachers.asked(config).values()]
+    return ", ".join([*paths, *([config.reference.path] if config_lib.needs_reference(config) else [])])
 
 
 def trained_specs(student: LoadedModel) -> dict:
@@ -87,11 +94,11 @@ def trained_specs(student: LoadedModel) -> dict:
 
 
 def restore(
-    checkpoints: Checkpoints, pair: Pair, optimizer, mesh: Mesh, expected: dict[str, str], config: Config
+    checkpoints: Checkpoints, pair: Pair, bank: Bank | None, optimizer, mesh: Mesh, expected: dict[str, str], config: Config
 ) -> tuple[TrainState, int, dict]:
     """(state, its step, info) of the newest checkpoint. Raises UserError where what the run reads is not what it began with."""
     params = spec.abstract(trained_specs(pair.student), jnp.float32, mesh)
-    step, state, info = checkpoints.restore(learner.abstract_state(params, optimizer))
+    step, state, info = checkpoints.restore(learner.abstract_state(params, optimizer, bank))
     counted = {name: int for name in cost.Work._fields if name in info}  # which older versions did not
     for name, kind in {**dict.fromkeys(expected, str), "tokens_total": int, "seconds": (int, float), **counted}.items():
         if not isinstance(info.get(name), kind):
@@ -103,7 +110,7 @@ def restore(
         raise UserError(f"{checkpoints.directory / str(step)}: holds the state after {int(state.step)} updates; rename it back")
     changed = {
         "base_hash": f"student.path = {config.student.path!r}: its weights are not those",
-        "teacher_hash": f"teacher.path = {config.teacher.path!r}: its weights are not those",
+        "teacher_hash": f"teacher.path = {_others(config)!r}: its weights are not those",
         "data_hash": f"task.path = {config.task.path!r}: is not the file",
         "prompts_hash": f"context.student.template = {config.context.student.template!r} (or the teacher's, or a tokenizer) is not what",
     }

@@ -14,7 +14,7 @@ import pytest
 from models import context_of, ragged_prompts, ragged_rollout, tiny_model
 
 from opd_jax import config as config_lib
-from opd_jax import diagnostics, glossary, learner, metrics, model_io, objective, parallel, train
+from opd_jax import diagnostics, glossary, learner, metrics, model_io, objective, parallel, teachers, train
 from opd_jax.analysis import report, runs
 from opd_jax.data import tokenizer
 from opd_jax.models import hf, spec, transformer
@@ -222,13 +222,13 @@ def compiled(microbatches, mesh_shape, diagnose):
     place = lambda tree, c: jax.device_put(jax.device_get(tree), spec.shardings(transformer.param_specs(c), mesh))
     optimizer = learner.make_optimizer(config_lib.Learner(learning_rate=1e-2), steps=10)
     fresh = lambda: learner.init_state(place(params, config), optimizer)
-    update = learner.make_update(goal, config, teacher_config, optimizer, microbatches=microbatches, state=fresh())
+    update = learner.make_update(goal, config, teachers.single(teacher_config), optimizer, microbatches=microbatches, state=fresh())
     prompts, rollout = ragged_prompts(rng, vocab_size=41), ragged_rollout(rng, vocab_size=41)
     # A sampling law that is not the policy: otherwise every effective sample size would be 1.
     behaviour_BT = jnp.asarray(rng.normal(size=rollout.tokens_BT.shape) - 3, jnp.float32)
     context = dataclasses.replace(context_of(rollout), behaviour_logp_BT=behaviour_BT)
     batch = learner.place(mesh, learner.make_batch(goal, view(prompts, rollout), view(prompts, rollout), context))
-    return mesh, fresh, update, place(teacher_params, teacher_config), batch
+    return mesh, fresh, update, {"teacher": place(teacher_params, teacher_config)}, batch
 
 
 @functools.cache
@@ -267,10 +267,10 @@ def test_the_noise_is_that_of_the_shares_of_microbatches():
     """Each share by a gradient of its own, with the weights and the denominator of the whole batch."""
     _, fresh, _, teacher_params, batch = compiled(4, (1, 1, 1), True)
     configs = [tiny_model(seed, vocab_size=41, num_hidden_layers=1)[1] for seed in (0, 1)]
-    gradient = jax.jit(functools.partial(learner.gradient, make_objective(diagnose=False), *configs))
-    rows, shares, params = batch.replace(denominator=None), [], fresh().params
+    gradient = jax.jit(functools.partial(learner.gradient, make_objective(diagnose=False), configs[0], teachers.single(configs[1])))
+    shares, params = [], fresh().params
     for m in range(4):
-        share = jax.tree.map(lambda x, m=m: x[m::4], rows).replace(denominator=batch.denominator)
+        share = jax.tree.map(lambda x, m=m: x[m::4] if x.ndim else x, batch)
         shares.append(np.concatenate([np.ravel(x).astype(np.float64) for x in jax.tree.leaves(gradient(params, teacher_params, share)[2])]))
     small, big = 16 * np.mean([share @ share for share in shares]), np.sum(shares, axis=0) @ np.sum(shares, axis=0)
     found = updates(4)[0]["diagnostics"]
@@ -281,7 +281,8 @@ def test_the_noise_is_that_of_the_shares_of_microbatches():
 @pytest.mark.slow
 def test_an_update_without_tokens_goes_on():
     mesh, fresh, update, teacher_params, batch = compiled(4, (1, 1, 1), True)
-    empty = dataclasses.replace(batch.context, mask_BT=jnp.zeros_like(batch.context.mask_BT))
+    context = batch.shares[0].context
+    empty = dataclasses.replace(context, mask_BT=jnp.zeros_like(context.mask_BT))
     batch = learner.place(mesh, learner.make_batch(make_objective(), batch.student, batch.teacher, empty))
     with jax.set_mesh(mesh):
         state, measured = update(fresh(), teacher_params, batch)

@@ -31,6 +31,7 @@ teachers
 pair
 objective
 learner
+batches
 metrics
 trackers
 scores diagnostics

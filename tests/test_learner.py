@@ -11,7 +11,7 @@ import pytest
 from models import context_of, ragged_prompts, ragged_rollout, tiny_model
 
 from opd_jax import config as config_lib
-from opd_jax import learner, objective, parallel
+from opd_jax import learner, objective, parallel, teachers
 from opd_jax.models import spec, transformer
 from opd_jax.types import view
 
@@ -46,7 +46,7 @@ def test_jit_equals_no_jit():
     goal = make_objective("to_go")
     params, config, teacher_params, teacher_config, batch = make_case(goal, rows=2)
     compiled = gradient(goal, config, teacher_config, params, teacher_params, batch)
-    plain = learner.gradient(goal, config, teacher_config, params, teacher_params, batch)
+    plain = learner.gradient(goal, config, teachers.single(teacher_config), params, {"teacher": teacher_params}, batch)
     assert max_difference(compiled, plain) < 1e-5
 
 
@@ -61,8 +61,8 @@ def make_case(goal, teacher_seed=1, rows=8):
 
 def gradient(goal, config, teacher_config, params, teacher_params, batch, *, microbatches=1):
     """learner.gradient, compiled."""
-    function = functools.partial(learner.gradient, goal, config, teacher_config, microbatches=microbatches)
-    return jax.jit(function)(params, teacher_params, batch)
+    function = functools.partial(learner.gradient, goal, config, teachers.single(teacher_config), microbatches=microbatches)
+    return jax.jit(function)(params, {"teacher": teacher_params}, batch)
 
 
 def max_difference(a, b):
@@ -123,11 +123,11 @@ def run_updates(mesh_shape, name="reverse_kl", microbatches=2, steps=2):
     place = lambda tree, c: jax.device_put(jax.device_get(tree), spec.shardings(transformer.param_specs(c), mesh))
     optimizer = learner.make_optimizer(config_lib.Learner(learning_rate=1e-2), steps=10)
     state = learner.init_state(place(params, config), optimizer)
-    update = learner.make_update(goal, config, teacher_config, optimizer, microbatches=microbatches, state=state)
+    update = learner.make_update(goal, config, teachers.single(teacher_config), optimizer, microbatches=microbatches, state=state)
     teacher_params = place(teacher_params, teacher_config)
     with jax.set_mesh(mesh):
         for _ in range(steps):
-            state, metrics = update(state, teacher_params, learner.place(mesh, batch))
+            state, metrics = update(state, {"teacher": teacher_params}, learner.place(mesh, batch))
     return jax.device_get(state), {name: float(value) for name, value in metrics.items()}, update
 
 
@@ -159,11 +159,11 @@ def test_a_gradient_that_is_not_finite_stops_all_later_updates():
     optimizer = learner.make_optimizer(config_lib.Learner(), steps=10)
     state = learner.init_state(params, optimizer)
     before = jax.device_get(state)
-    update = learner.make_update(goal, config, teacher_config, optimizer, microbatches=1, state=state)
+    update = learner.make_update(goal, config, teachers.single(teacher_config), optimizer, microbatches=1, state=state)
     bad = jax.tree.map(lambda p: p * jnp.nan, teacher_params)
-    state, metrics = update(state, bad, batch)
+    state, metrics = update(state, {"teacher": bad}, batch)
     assert not np.isfinite(float(metrics["train/loss"]))
-    state, metrics = update(state, teacher_params, batch)
+    state, metrics = update(state, {"teacher": teacher_params}, batch)
     assert np.isfinite(float(metrics["train/loss"])) and not bool(state.finite)
     assert int(state.step) == 0
     assert max_difference(before.params, jax.device_get(state).params) == 0.0
@@ -172,8 +172,9 @@ def test_a_gradient_that_is_not_finite_stops_all_later_updates():
 def test_all_masked_batch_changes_nothing():
     goal = make_objective()
     params, config, teacher_params, teacher_config, batch = make_case(goal)
-    rollout_mask = jnp.zeros_like(batch.context.mask_BT)
-    empty = learner.make_batch(goal, batch.student, batch.teacher, dataclasses.replace(batch.context, mask_BT=rollout_mask))
+    context = batch.shares[0].context
+    nothing = dataclasses.replace(context, mask_BT=jnp.zeros_like(context.mask_BT))
+    empty = learner.make_batch(goal, batch.student, batch.teacher, nothing)
     loss, _, grads = gradient(goal, config, teacher_config, params, teacher_params, empty)
     assert float(loss) == 0.0 and float(optax.tree.norm(grads)) == 0.0
 

@@ -16,7 +16,7 @@ import pytest
 import transformers
 from test_learner import make_case, make_objective
 
-from opd_jax import checkpoint, cost, learner, metrics, model_io, parallel, score, train
+from opd_jax import checkpoint, cost, learner, metrics, model_io, parallel, score, teachers, train
 from opd_jax import config as config_lib
 from opd_jax.data import tokenizer
 from opd_jax.models import hf, lora, peft, spec, transformer
@@ -364,7 +364,8 @@ def test_microbatches_do_not_change_the_adapters_gradient():
     params, config, teacher, _, batch = make_case(goal)
     adapter = random_adapter(config)
     attach = lambda base, trained: lora.attach(base, trained, ALL)
-    grads = [learner.gradient(goal, config, config, adapter, teacher, batch, microbatches=m, attach=attach, base=params)[2] for m in (1, 4)]
+    given = (goal, config, teachers.single(config), adapter, {"teacher": teacher}, batch)
+    grads = [learner.gradient(*given, microbatches=m, attach=attach, base=params)[2] for m in (1, 4)]
     for one, four in zip(*map(jax.tree.leaves, grads), strict=True):
         np.testing.assert_allclose(one, four, rtol=1e-4, atol=1e-6)
 

@@ -103,7 +103,7 @@ def test_mean_over_rollouts_is_the_gradient_that_trains(loss, name):
     goal = make_objective(loss, "sequence_sum")
     params, config, teacher_params, teacher_config, batch = make_case(goal)
     tree = gradient(goal, config, teacher_config, params, teacher_params, batch)[2]
-    found, projection = measured(((params, config), (teacher_params, teacher_config), batch.student, batch.context), (name,))
+    found, projection = measured(((params, config), (teacher_params, teacher_config), batch.student, batch.shares[0].context), (name,))
     expected = projection.vector(tree)
     np.testing.assert_allclose(found.vector_EN[:, 0].mean(0), expected, atol=1e-5 * float(jnp.abs(expected).max()))
 

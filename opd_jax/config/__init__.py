@@ -6,6 +6,8 @@ from `get_config(arg)`. The trainer turns it into a `Config` with `parse()`, whi
 
 import dataclasses
 import difflib
+import re
+import typing
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -20,14 +22,20 @@ from opd_jax.config.fields import (
     Context,
     Estimator,
     Eval,
+    Extrapolation,
     Learner,
     Log,
     Lora,
     Loss,
+    Masking,
+    Member,
     Mesh,
     Model,
     Privileged,
     Reader,
+    Reference,
+    Regulariser,
+    Reward,
     Rollout,
     Signal,
     Student,
@@ -35,6 +43,9 @@ from opd_jax.config.fields import (
     Task,
     Teacher,
     flatten,
+    has_teacher,
+    needs_reference,
+    needs_verdicts,
 )
 from opd_jax.config.loading import load_config
 
@@ -42,6 +53,11 @@ from opd_jax.config.loading import load_config
 def default() -> ConfigDict:
     """All fields at their defaults, as the ConfigDict that a config file edits."""
     return ConfigDict(dataclasses.asdict(Config()))
+
+
+def member(**fields) -> ConfigDict:
+    """A block for config.teacher.members.NAME: path or recipe, tag, weight."""
+    return ConfigDict(dataclasses.asdict(Member()) | fields)
 
 
 def parse(config: ConfigDict) -> Config:
@@ -55,7 +71,8 @@ def parse(config: ConfigDict) -> Config:
 
 def parse_with(config: ConfigDict, values: dict[str, Any]) -> Config:
     """parse() of a config in which {"estimator.gamma": 0.5, ...} are set. Raises ConfigError, also for a field that does not exist."""
-    fields, valid = config.to_dict(), flatten(Config())
+    fields = config.to_dict()
+    valid = flatten(fields)
     for name, value in values.items():
         if name not in valid:
             raise ConfigError(no_field(name))
@@ -91,10 +108,22 @@ def _build(cls: type, fields: Any, prefix: str):
 def _convert(kind: type, value: Any, name: str):
     if dataclasses.is_dataclass(kind):
         return _build(kind, value, name + ".")
+    if typing.get_origin(kind) is dict:
+        return _build_named(typing.get_args(kind)[1], value, name + ".")
     accepted = (int, float) if kind is float else (kind,)
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise ConfigError(f"config field {name} = {value!r} has type {type(value).__name__}, it must be {kind.__name__}")
     return kind(value)
+
+
+def _build_named(cls: type, blocks: Any, prefix: str) -> dict[str, Any]:
+    """Blocks of one kind by names that the user gives."""
+    if not isinstance(blocks, dict):
+        raise ConfigError(f"config field {prefix[:-1]} = {blocks!r} must hold blocks by name; see opd_jax.config.member()")
+    for name in blocks:
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
+            raise ConfigError(f"config field {prefix}{name} is no name; use letters, digits and _")
+    return {name: _build(cls, fields, f"{prefix}{name}.") for name, fields in blocks.items()}
 
 
 def _names(cls: type) -> list[str]:

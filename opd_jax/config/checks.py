@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from opd_jax.config.fields import Architecture, Config, flatten
+from opd_jax.config.fields import Architecture, Config, flatten, has_teacher
 from opd_jax.types import UserError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text")  # what student.init can make
@@ -30,14 +30,16 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         """rollout.batch_size rollout.group_size rollout.max_new_tokens rollout.max_prompt_length learner.microbatches mesh.data mesh.fsdp
         mesh.tensor eval.samples eval.batch_size checkpoint.every log.samples task.level study.rollouts study.reference study.microbatch
         study.position_parts study.sketch student.init.hidden_size student.init.intermediate_size student.init.num_hidden_layers
-        student.init.num_attention_heads student.init.num_key_value_heads student.init.max_position_embeddings estimator.clip""",
+        student.init.num_attention_heads student.init.num_key_value_heads student.init.max_position_embeddings estimator.clip
+        teacher.every""",
         lambda value: value >= 1,
         "must be at least 1",
     ),
     (
         """seed steps rollout.top_k learner.warmup_steps learner.decay_steps eval.every eval.prompts log.samples_every signal.k
         task.train_size task.eval_size task.seed student.init.head_dim student.lora.rank study.exact_parameters learner.weight_decay
-        learner.clip_norm """
+        learner.clip_norm signal.weight loss.labels reward.weight reward.clip_low reward.clip_high regulariser.kl masking.skip_first
+        masking.first_only extrapolation.scale """
         + " ".join(f"student.init.{name}" for name in _EXPERT_FIELDS),
         lambda value: value >= 0,
         "must be 0 or more",
@@ -51,7 +53,7 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ),
     ("rollout.temperature", lambda value: value == 0 or value >= 1e-4, "must be 0 (greedy) or at least 0.0001"),
     (
-        "rollout.min_p estimator.gamma learner.final_fraction signal.beta",
+        "rollout.min_p estimator.gamma learner.final_fraction signal.beta teacher.rate",
         lambda value: 0 <= value <= 1,
         "must be between 0 and 1",
     ),
@@ -79,6 +81,10 @@ def validate(config: Config) -> None:
     """Refuses values out of range and fields that contradict each other. Raises ConfigError."""
     _check_range(flatten(config))
     check_choice("rollout.source", config.rollout.source, ("student", "teacher", "dataset"))
+    check_choice("reward.only", config.reward.only, ("all", "solved"))
+    check_choice("regulariser.divergence", config.regulariser.divergence, ("reverse_kl", "forward_kl"))
+    for name in ("special_tokens", "malformed", "solved"):
+        check_choice(f"masking.{name}", getattr(config.masking, name), ("keep", "drop"))
     check_choice("rollout.overlong", config.rollout.overlong, ("refuse", "truncate"))
     check_choice("rollout.stop", config.rollout.stop, ("same", "union"))
     check_choice("task.metric", config.task.metric, ("rouge", "bleu"))
@@ -134,10 +140,12 @@ def _check_experts(init: Architecture) -> None:
 
 
 def _check_teacher(config: Config) -> None:
-    has_teacher = bool(config.teacher.path or config.teacher.recipe)
     source = config.rollout.source
     _require(
-        has_teacher or source != "teacher", "teacher.path", "", "must name a model, because rollout.source = 'teacher' needs a teacher"
+        has_teacher(config) or source != "teacher",
+        "teacher.path",
+        "",
+        "must name a model: rollout.source = 'teacher' needs a teacher",
     )
     own = f"signal.tail = {config.signal.tail!r}" if config.signal.tail.startswith("sampled") else ""
     own = "signal.support = 'sampled'" if config.signal.support == "sampled" else own

@@ -40,9 +40,24 @@ class Student:
 
 
 @dataclasses.dataclass(frozen=True)
+class Member:
+    path: str = ""  # as teacher.path
+    recipe: str = ""  # as teacher.recipe
+    tag: str = ""  # combine=route: the examples of this tag are this member's; empty: its name
+    weight: float = 1.0  # combine=geometric or arithmetic: share in the mixture, divided by the sum of all
+
+
+@dataclasses.dataclass(frozen=True)
 class Teacher:
-    path: str = ""  # Hugging Face folder or hub id, or a run directory; empty: see `recipe`; both empty: no teacher
+    # Hugging Face folder or hub id, or a run directory; student_init: the student as it was before training, a self-teacher; empty: see
+    # `recipe`, then `members`; all empty: no teacher
+    path: str = ""
     recipe: str = ""  # without a path: configs/FILE.py[:arg] of a run that makes the teacher on first use (kept under `cache_dir`)
+    members: dict[str, Member] = dataclasses.field(default_factory=dict)  # in place of path and recipe: several teachers by name
+    combine: str = "route"  # of several members: route (each rollout to one, by its example's tag), geometric or arithmetic mixture
+    update: str = "frozen"  # of path=student_init: frozen, live (the student as it is), ema, sync or trust_region; see opd_jax/teachers.py
+    rate: float = 0.05  # ema: share of the student that is taken in after an update; trust_region: share of the live student
+    every: int = 1  # sync: updates between copies of the student
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +103,55 @@ class Rollout:
 
 
 @dataclasses.dataclass(frozen=True)
+class Extrapolation:
+    """The target is q^scale r^(1 - scale), q the teacher and r the reference (G-OPD; ExOPD beyond 1)."""
+
+    scale: float = 1.0  # lambda; 1: the teacher itself, the reference is not looked at
+    normalise: bool = True  # by the sum over the vocabulary; False: as published, log-ratios are off by log Z of their prefix
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """The model that extrapolation and the regulariser refer to; it reads what the student reads."""
+
+    path: str = "student_init"  # as teacher.path
+    recipe: str = ""  # in place of a path: as teacher.recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+    """The verifier's rewards as a term of the loss: -weight / Z sum_bt A_b log pi(y_bt)."""
+
+    weight: float = 0.0  # 0: no such term
+    advantage: str = "centred"  # within the rollouts of a prompt: none, centred (Dr. GRPO), grpo, rloo; see opd_jax/rewards.py
+    clip_low: float = 0.0  # PPO: a ratio to the law that sampled below 1 - clip_low has no gradient where A < 0; 0: no clipping
+    clip_high: float = 0.0  # PPO: nor one above 1 + clip_high where A > 0; 0: no clipping
+    filter_groups: bool = False  # leave out prompts whose rollouts all have the same reward (DAPO)
+    mask_overlong: bool = False  # leave out completions that max_new_tokens cut off (DAPO)
+    only: str = "all"  # which rollouts have the term: all, or solved (those with a reward of 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Regulariser:
+    kl: float = 0.0  # weight of the divergence to the reference, per token, as a term of the loss; 0: none
+    divergence: str = "reverse_kl"  # which, over the whole vocabulary: reverse_kl or forward_kl
+    entropy: float = 0.0  # weight of minus the student's entropy, per token: above 0 keeps it high
+
+
+@dataclasses.dataclass(frozen=True)
+class Masking:
+    """Which tokens the distillation term learns from; other terms see all."""
+
+    skip_first: int = 0  # tokens left out at the beginning of each completion
+    first_only: int = 0  # tokens from the beginning that count, those left out included (prefix OPD); 0: all
+    special_tokens: str = "keep"  # keep, or drop the tokens that the tokenizer calls special (stop tokens among them)
+    malformed: str = "keep"  # keep, or drop completions that are no answer in the task's format
+    solved: str = "keep"  # keep, or drop completions with a reward of 1
+
+
+@dataclasses.dataclass(frozen=True)
 class Signal:
+    weight: float = 1.0  # of the distillation term; 0: none
     # reverse_kl, forward_kl, jsd, jsd_continuous, skew_forward_kl, skew_reverse_kl; without a teacher nll, negative_entropy; cross_entropy
     divergence: str = "reverse_kl"  # which per-token loss compares student and teacher
     # full: sum over the vocabulary; sampled: the sampled token alone (unbiased in expectation); topk_teacher, topk_student, topk_union (of
@@ -106,6 +169,7 @@ class Loss:
     student_temperature: float = 1.0  # softmax temperature of the student in the loss
     teacher_temperature: float = 1.0  # softmax temperature of the teacher in the loss
     normaliser: str = "token_mean"  # token_mean, sequence_mean, sequence_sum, constant; denominators are global
+    labels: float = 0.0  # weight of the cross-entropy of the completion itself, a term of its own (hard labels beside soft ones)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,6 +284,11 @@ class Config:
     context: Context = Context()
     rollout: Rollout = Rollout()
     signal: Signal = Signal()
+    extrapolation: Extrapolation = Extrapolation()
+    reference: Reference = Reference()
+    reward: Reward = Reward()
+    regulariser: Regulariser = Regulariser()
+    masking: Masking = Masking()
     loss: Loss = Loss()
     estimator: Estimator = Estimator()
     learner: Learner = Learner()
@@ -234,6 +303,22 @@ class Config:
 
 # Fields that do not change the numbers of an update (a mesh: but by rounding): they may differ when a run is resumed. `steps` may grow.
 FREE_ON_RESUME = ("eval.", "log.", "checkpoint.", "mesh.", "cache_dir", "study.")
+
+
+def has_teacher(config: Config) -> bool:
+    """Whether a config names one."""
+    return bool(config.teacher.path or config.teacher.recipe or config.teacher.members)
+
+
+def needs_reference(config: Config) -> bool:
+    """Whether a term of the loss refers to the reference."""
+    return config.extrapolation.scale != 1 or config.regulariser.kl > 0
+
+
+def needs_verdicts(config: Config) -> bool:
+    """Whether an update looks at what the verifier says of its completions."""
+    judged = {"feedback", "sibling"} & {kind.strip() for kind in config.context.privileged.reads.split(",")}
+    return bool(judged) or config.reward.weight > 0 or "drop" in (config.masking.malformed, config.masking.solved)
 
 
 def flatten(config: Config | dict, prefix: str = "") -> dict[str, Any]:

@@ -104,7 +104,7 @@ def _resolve(base: Base, point: Point) -> tuple[str, Config]:
     """(FILE.py:arg, the parsed config) of a point."""
     source = base.with_arguments({name[1:]: value for name, value in point.items() if name.startswith(":")})
     config = config_lib.parse_with(config_lib.load_config(source), base.overrides | _fields(point))
-    objective.from_config(config, has_teacher=bool(config.teacher.path or config.teacher.recipe))
+    objective.from_config(config, has_teacher=config_lib.has_teacher(config))
     return source, config
 
 

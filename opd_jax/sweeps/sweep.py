@@ -118,8 +118,9 @@ class _Runner:
     def _recipes(self, config: Config, found: dict[str, Job]) -> tuple[str, ...]:
         """Names of the jobs that make the models of a config; new ones are added to `found`, those that they need before them."""
         needs = []
-        for source in (config.student, config.teacher):
-            if source.path or not source.recipe:
+        reference = (config.reference,) if config_lib.needs_reference(config) else ()
+        for source in (config.student, config.teacher, *config.teacher.members.values(), *reference):
+            if source.path not in ("", config_lib.Reference.path) or not source.recipe:
                 continue
             made_of, workdir = train.locate_recipe(source.recipe, config.cache_dir)
             if train.is_made(made_of, workdir):

@@ -4,6 +4,7 @@ from opd_jax.numerics.estimators.base import TARGETS, Context, Estimator, Term, 
 from opd_jax.numerics.estimators.building import build
 from opd_jax.numerics.estimators.local import Local, LogRatioLoss, LogRatioReward, MultiSample
 from opd_jax.numerics.estimators.registry import REGISTRY
+from opd_jax.numerics.estimators.rewarded import Rewarded
 from opd_jax.numerics.estimators.score import LocalToGo, ScoreFunction
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "LogRatioLoss",
     "LogRatioReward",
     "MultiSample",
+    "Rewarded",
     "ScoreFunction",
     "Term",
     "build",

@@ -29,7 +29,9 @@ TARGETS = {
 }
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["mask_BT", "behaviour_logp_BT", "group_B", "baseline_BT"], meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["mask_BT", "behaviour_logp_BT", "group_B", "baseline_BT", "advantage_BT"], meta_fields=[]
+)
 @dataclasses.dataclass(frozen=True)
 class Context:
     """What an estimator may look at beside the statistics; made from the whole batch, before the microbatch split."""
@@ -38,6 +40,7 @@ class Context:
     behaviour_logp_BT: jax.Array | None = None  # nats under the law that sampled; None: the policy itself
     group_B: jax.Array | None = None  # rollouts of one prompt share a number; None: each is alone
     baseline_BT: jax.Array | None = None  # nats, of an estimator that looks across rows: see Estimator.prepare
+    advantage_BT: jax.Array | None = None  # of an estimator whose advantages are given: rewards
 
 
 @functools.partial(

@@ -1,0 +1,136 @@
+"""Metrics of an update: the loss, the completions, rewards, contexts, time, cost."""
+
+from opd_jax.glossary.description import Description
+
+
+def described() -> dict[str, Description]:
+    return {
+        "step": Description("updates done", "n", "updates"),
+        "train/loss": Description(
+            "objective on this step's batch before the update (of sampled tokens, and credits beyond the token, only its gradient counts)",
+            "(1/Z) sum_bt w_bt (D_bt - sg(A_bt) log pi(y_bt|c_bt)); D of signal.divergence, A of estimator.credit (either may be absent), "
+            "both at the temperatures of loss; w and Z of loss.normaliser (token_mean: w = m, Z = M)",
+            "nats, scaled by the normaliser",
+        ),
+        "train/grad_norm": Description(
+            "norm of the gradient over all parameters, before clipping", "sqrt(sum_i (d loss / d theta_i)^2)", "loss per parameter unit"
+        ),
+        "train/learning_rate": Description("learning rate of this update", "schedule(n - 1)", "-"),
+        **_parts(),
+        "train/reverse_kl": Description(
+            "reverse KL to the teacher on the student's own completions (rollout.source = student)", "(1/M) sum_bt m_bt K_bt", "nats/token"
+        ),
+        "train/log_ratio_mean": Description(
+            "log-ratio of teacher to student on the student's own completions (rollout.source = student); drawn from pi itself, its "
+            "expectation is minus train/reverse_kl",
+            "(1/M) sum_bt m_bt l_bt",
+            "nats/token",
+        ),
+        "train/tokens": Description("completion tokens in this step's loss", "M", "tokens"),
+        "rollout/length": Description("mean length of this step's completions, stop token included", "M / B", "tokens"),
+        "rollout/truncated_fraction": Description(
+            "share of completions without a stop token, cut off by max_new_tokens", "(1/B) sum_b 1[no stop token in y_b]", "fraction"
+        ),
+        "rollout/entropy": Description(
+            "entropy of the student along this step's completions, whoever wrote them", "(1/M) sum_bt m_bt H_bt", "nats/token"
+        ),
+        "rollout/reward": Description(
+            "mean reward of this step's completions (tasks with a verifier, sampled completions)", "(1/B) sum_b r_b", "reward"
+        ),
+        "rollout/prompts_truncated": Description(
+            "prompts of this step that lost their first tokens", "number of prompts longer than rollout.max_prompt_length", "prompts"
+        ),
+        "rollout/tokens_total": Description("completion tokens in the loss since the run began", "sum of M over steps 1 ... n", "tokens"),
+        "rollout/tokens_per_second": Description("completion tokens of this step per second", "M / time/step_seconds", "tokens/s"),
+        **_rewards(),
+        **_contexts(),
+        "time/step_seconds": Description(
+            "wall time of this step, without evaluations and checkpoints", "t(step finished on the device) - t(the one before)", "s"
+        ),
+        "time/total_seconds": Description("time spent in steps since the run began", "sum of time/step_seconds over steps 1 ... n", "s"),
+        **_costs(),
+    }
+
+
+def _parts() -> dict[str, Description]:
+    """Of a loss with several parts, of which each has its mask and its denominator."""
+    what = {
+        "distillation": "divergence from the teacher, or advantages from its log-ratios (signal, estimator)",
+        "reward": "advantages of the verifier's rewards (reward.weight); only its gradient counts",
+        "labels": "cross-entropy of the completions themselves (loss.labels)",
+        "reference": "divergence from the reference (regulariser.kl)",
+        "entropy": "minus the student's entropy (regulariser.entropy)",
+    }
+    formula = "c/Z sum_bt w_bt (D_bt - sg(A_bt) log pi(y_bt|c_bt)) of the part, c its weight"
+    return {
+        f"train/loss_{name}": Description(
+            f"this part of train/loss, where there are several: {words}", formula, "nats, scaled by the normaliser"
+        )
+        for name, words in what.items()
+    }
+
+
+def _contexts() -> dict[str, Description]:
+    """Of context.privileged."""
+    return {
+        "context/present": Description(
+            "share of completions for which the teacher has something to read beside the question; the others are not distilled",
+            "(1/B) sum_b 1[a section for y_b]",
+            "fraction",
+        ),
+        "context/shortened": Description(
+            "share of completions whose feedback or critique lost its end, to fit the teacher's context", "(1/B) sum_b 1[cut]", "fraction"
+        ),
+        "context/too_long": Description(
+            "share of completions left out because what the teacher should read does not fit", "(1/B) sum_b 1[too long]", "fraction"
+        ),
+    }
+
+
+def _costs() -> dict[str, Description]:
+    """By the accounting of cost.py, whose docstring says what N counts."""
+    resumed = "; of a run begun by a version that did not count, without the prompts until then"
+    return {
+        "cost/flops_total": Description(
+            f"floating-point operations of all updates (sampling, teacher, training), without diagnostics and evaluations{resumed}",
+            "sum over steps 1 ... n and completions of 2 N_g (x + T) + 2 N_q (x' + T) + 6 N (x + T); T tokens of the completion, x and x' "
+            "of its prompt as student and teacher read it; N, N_g and N_q parameters of the student, of the model that samples (0: a data "
+            "set; a teacher reads x'), and of the teacher where it scores; with an adapter 4 N + 2 N_adapter for 6 N",
+            "FLOPs",
+            "Kaplan et al. 2020, Scaling Laws for Neural Language Models, 2.1; here the output projection counts",
+        ),
+        "cost/generated_tokens_total": Description(
+            "completion tokens that were sampled since the run began, 0 where a data set has them", "sum of M over steps 1 ... n", "tokens"
+        ),
+        "cost/scored_tokens_total": Description(
+            "completion tokens that frozen models have scored since the run began", "sum of M over steps 1 ... n, once a model", "tokens"
+        ),
+    }
+
+
+def _rewards() -> dict[str, Description]:
+    """Of tasks with a verifier; the groups are the rollouts of one prompt."""
+    groups = "N groups of rollout.group_size"
+    return {
+        "reward/equal_groups": Description(
+            "share of prompts whose completions all have the same reward, so that none has an advantage",
+            f"(1/N) sum_g 1[r_b = r_c for all b, c of g], {groups}",
+            "fraction",
+        ),
+        "reward/solved_groups": Description(
+            "share of prompts that all completions solve", f"(1/N) sum_g 1[r_b >= 1 for all b of g], {groups}", "fraction"
+        ),
+        "reward/failed_groups": Description(
+            "share of prompts that no completion solves", f"(1/N) sum_g 1[r_b < 1 for all b of g], {groups}", "fraction"
+        ),
+        "reward/verifier_errors": Description(
+            "completions of this step for which the verifier failed, or gave no finite number; they have reward 0",
+            "number of completions without a verdict",
+            "completions",
+        ),
+        "reward/well_formed": Description(
+            "share of completions with an answer in the form that the task asks for (where it says so; verifier errors have none)",
+            "(1/B) sum_b 1[the verdict on y_b is well-formed]",
+            "fraction",
+        ),
+    }
