@@ -31,22 +31,26 @@ class Account:
     student: int  # parameters, those of an adapter included
     trained: int  # those that have a gradient: all, or the adapter's
     scorers: tuple[int, ...]  # parameters of each frozen model that reads the completions: teacher, references
-    generator: int  # parameters of the model that samples; 0: the data set's completions
-    teacher_generates: bool = False  # it reads the teacher's prompts
+    generator: int  # parameters of the student where it samples; 0: it does not
+    teacher_generator: int = 0  # of the teacher where it samples, after its own prompts; both 0: the data set's completions
 
     def work(self, *, prompt: int, teacher_prompt: int, completion: int) -> Work:
         """Of so many tokens of completions, and of their prompts as the student and as the teacher reads them, once per completion."""
-        sampling = 2 * self.generator * ((teacher_prompt if self.teacher_generates else prompt) + completion)
+        sampling = 2 * self.generator * (prompt + completion) + 2 * self.teacher_generator * (teacher_prompt + completion)
         scoring = 2 * sum(self.scorers) * (teacher_prompt + completion)
         # Forward 2 N; back 2 N by the activations, and 2 by each parameter that is trained. Where all are: 6 N.
         training = (4 * self.student + 2 * self.trained) * (prompt + completion)
-        return Work(sampling + scoring + training, completion if self.generator else 0, completion * len(self.scorers))
+        generated = completion if self.generator or self.teacher_generator else 0
+        return Work(sampling + scoring + training, generated, completion * len(self.scorers))
 
 
-def account(source: str, student: int, trained: int, teacher: int | None, *, scored: bool) -> Account:
-    """Of a run with this rollout.source, and parameters of student and teacher; `scored`: the teacher reads the completions."""
-    generator = {"student": student, "teacher": teacher, "dataset": 0}[source]
-    return Account(student, trained, (teacher,) if scored else (), generator, teacher_generates=source == "teacher")
+def account(writer: str, student: int, trained: int, teacher: int | None, *, scored: bool) -> Account:
+    """Of steps whose completions `writer` wrote (student, teacher, dataset, or dagger: the first two together, each reading all tokens).
+
+    `student` and `teacher` are parameters; `scored`: the teacher reads the completions.
+    """
+    generators = {"student": (student, 0), "teacher": (0, teacher), "dagger": (student, teacher), "dataset": (0, 0)}[writer]
+    return Account(student, trained, (teacher,) if scored else (), *generators)
 
 
 def parameters(config: ModelConfig | Model, params: Any) -> int:

@@ -62,18 +62,21 @@ def lowest_special(log_ratio_BT: np.ndarray, tokens_BT: np.ndarray, mask_BT: np.
 class Diagnostics:
     """Records of a run. Warns once of each special token that the teacher all but rules out: often two models that end in other ways."""
 
-    def __init__(self, tokenizer: Tokenizer, source: str):
-        self._tokenizer, self._source = tokenizer, source
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
         self._warned: set[int] = set()
 
-    def record(self, measured: dict, completions: Rollout) -> dict[str, float]:
-        """Metrics of what the update measured (it gives log_ratio_BT beside them) and of its completions; only those that there are."""
+    def record(self, measured: dict, completions: Rollout, *, own_draws: bool) -> dict[str, float]:
+        """Metrics of what the update measured (it gives log_ratio_BT beside them) and of its completions; only those that there are.
+
+        own_draws: the student wrote the completions.
+        """
         mask_BT, tokens_BT = np.asarray(completions.mask_BT), np.asarray(completions.tokens_BT)
         values = {name: float(value) for name, value in measured.items() if name != "log_ratio_BT"}
         values |= repetition(tokens_BT, mask_BT, self._tokenizer.eos_ids)
         if "log_ratio_BT" in measured:
             values |= self._special(np.asarray(measured["log_ratio_BT"]), tokens_BT, mask_BT)
-        if self._source != "student":
+        if not own_draws:
             values = {name: value for name, value in values.items() if name not in OF_OWN_DRAWS}
         return {name: value for name, value in values.items() if math.isfinite(value)}
 

@@ -182,13 +182,14 @@ def _begin_or_resume(
 
 def _say_which_gradient(config: Config, objective: objective_lib.Objective, progress: metrics.Progress) -> None:
     """The claim of the estimator; a warning where completions come from another law than the policy in the loss, of which claims speak."""
-    if config.rollout.source == "student":
+    corrected = config.rollout.source == "dagger" and config.estimator.importance != "none"
+    if config_lib.own_draws(config) or corrected:
         progress.phase(f"gradient: {objective_lib.claim(objective, config)}")
     asked, whole = config.rollout, config_lib.Rollout()
     law = {name: getattr(asked, name) for name in ("top_p", "top_k", "min_p") if getattr(asked, name) != getattr(whole, name)}
     if config.rollout.temperature != config.loss.student_temperature:
         law |= {"temperature": config.rollout.temperature, "loss.student_temperature": config.loss.student_temperature}
-    if law and config.rollout.source == "student" and config.estimator.importance == "none":
+    if law and config_lib.own_draws(config) and config.estimator.importance == "none":
         fields = ", ".join(f"{name} = {value}" for name, value in law.items())
         log.warning(
             "completions are drawn from another law than the policy in the loss (%s): the estimators' claims do not hold for it; "
@@ -224,8 +225,8 @@ def _make_pipeline(config: Config, task: tasks.Task, pair: Pair) -> Pipeline:
         seed=config.seed,
     )
     first = pipeline.batch(0).examples
-    if config.rollout.source == "dataset":
-        rollout.check_solutions(examples if len(examples) <= CHECKED_AT_ONCE else first)
+    if config_lib.needs_solutions(config):
+        rollout.check_solutions(examples if len(examples) <= CHECKED_AT_ONCE else first, config.rollout.source)
     return pipeline
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from opd_jax import parallel, teachers
-from opd_jax.config import Config, ConfigError, check_choice
+from opd_jax.config import Config, ConfigError, check_choice, needs_solutions
 from opd_jax.numerics import baselines, credit, diagnostics, entries, estimators, importance, masked
 from opd_jax.numerics.estimators import Context, Estimator
 from opd_jax.numerics.token_stats import SUPPORTS, TAILS, Head, Signal, Stats, Target, token_stats
@@ -66,7 +66,7 @@ def from_config(config: Config, *, has_teacher: bool) -> Objective:
             f"config field teacher.path = '' must name a model, because signal.divergence = {config.signal.divergence!r} needs a teacher"
         )
     # Cross-entropy needs no teacher, and the metrics that compare with one speak of the student's own completions.
-    scored = has_teacher and (bool(needing) or config.rollout.source == "student")
+    scored = has_teacher and (bool(needing) or config.rollout.source in ("student", "mix"))
     return Objective(parts, config.rollout.max_new_tokens, scored, config.log.diagnostics)
 
 
@@ -111,10 +111,10 @@ def _estimator(config: Config) -> Estimator:
         raise ConfigError(
             f"config field estimator.baseline = 'leave_one_out' needs rollout.group_size of at least 2, not {config.rollout.group_size}"
         )
-    if asked.importance != "none" and config.rollout.source == "dataset":
+    if asked.importance != "none" and needs_solutions(config):
         raise ConfigError(
             f"config field estimator.importance = {asked.importance!r} needs the law that wrote the completions, which rollout.source = "
-            "'dataset' does not give; use 'none', or rollout.source = 'student' or 'teacher'"
+            f"{config.rollout.source!r} does not give; use 'none', or rollout.source = 'student', 'teacher' or 'dagger'"
         )
     if asked.importance != "none" and config.rollout.temperature == 0:
         raise ConfigError(
@@ -135,13 +135,15 @@ def _estimator(config: Config) -> Estimator:
 
 
 def claim(objective: Objective, config: Config) -> str:
-    """Which gradient a run on the student's completions follows, in one line; what its law and its normaliser spoil comes first."""
+    """Which gradient a run on the student's completions, or on others by ratios, follows; with what its law and its normaliser spoil."""
     law, asked, spoilt = config.rollout, config.estimator.importance, []
     truncated = [f"{name}={value}" for name, value, whole in _truncations(law) if value != whole]
     if truncated:
         spoilt.append(f"rollout.{truncated[0]} draws nothing outside its tokens, which no ratio brings back")
     elif law.temperature != config.loss.student_temperature and asked not in ("cumulative", "sequence"):
         spoilt.append(f"completions are drawn at temperature {law.temperature:g}, corrected by estimator.importance={asked}")
+    if law.source == "dagger" and asked not in ("cumulative", "sequence"):
+        spoilt.append(f"completions are drawn from the mixture with the teacher, corrected by estimator.importance={asked}")
     normaliser = objective.parts[0].normaliser
     if normaliser in ("token_mean", "sequence_mean"):
         spoilt.append(f"lengths weigh completions (loss.normaliser={normaliser})")

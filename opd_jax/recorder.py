@@ -2,14 +2,14 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax import cost, machine, rewards
+from opd_jax import cost, machine, rewards, rollout
 from opd_jax.batches import Made
 from opd_jax.data.pipeline import Batch
 from opd_jax.diagnostics import Diagnostics
@@ -49,12 +49,12 @@ class Recorder:
         self.state = job.state
         self.step = job.step  # updates whose records are on disk
         self._saved_step = job.step if job.resumed else None
-        self._account = _account(job)
-        self._info = {**job.info, **cost.totals(job.info, self._account)._asdict()}
+        self._accounts = _accounts(job)
+        self._info = {**job.info, **cost.totals(job.info, self._accounts(self._writer(1)))._asdict()}
         self._progress = progress
         self._pending: Pending | None = None
         self._clock = time.perf_counter()  # when the last step was finished
-        self._diagnostics = Diagnostics(job.student.tokenizer, job.config.rollout.source)
+        self._diagnostics = Diagnostics(job.student.tokenizer)
         self._waiter = ThreadPoolExecutor(1)  # waits for the device, so that the loop need not
 
     def start(self) -> Iterator[dict]:
@@ -114,7 +114,8 @@ class Recorder:
     def _complete(self, pending: Pending, *, evaluate: bool = False) -> dict:
         record = {"step": pending.step, **self._train_metrics(pending.step, pending.measured), **self._rollout_metrics(pending)}
         if "diagnostics" in pending.measured:
-            record |= self._diagnostics.record(pending.measured["diagnostics"], pending.completions)
+            own = self._writer(pending.step) == "student"
+            record |= self._diagnostics.record(pending.measured["diagnostics"], pending.completions, own_draws=own)
         finished = pending.finished.result()
         seconds, self._clock = finished - self._clock, finished
         self._info["seconds"] += seconds
@@ -124,24 +125,28 @@ class Recorder:
         self.step = pending.step  # not before: a step whose record could not be written must not be saved
         return written
 
+    def _writer(self, step: int) -> str:
+        """Who wrote the completions of update number `step`."""
+        return rollout.writer(self.job.config.rollout, self.job.config.seed, step - 1)
+
     def _train_metrics(self, step: int, measured: dict) -> dict[str, float]:
         values = {name: float(value) for name, value in measured.items() if name != "diagnostics"}
         for name, value in values.items():
             if not np.isfinite(value):
                 self._pending = None  # no update after this one changed the state
                 raise FloatingPointError(f"step {step}: {name} is {value}; the state before this update is saved")
-        if self.job.config.rollout.source != "student":  # these two are statements about the student's own completions
+        if self._writer(step) != "student":  # these two are statements about the student's own completions
             values = {name: value for name, value in values.items() if name not in ("train/reverse_kl", "train/log_ratio_mean")}
         return values | {"train/learning_rate": float(self.job.schedule(step - 1))}
 
     def _rollout_metrics(self, pending: Pending) -> dict[str, float]:
         prompts, completions = pending.prompts, pending.completions
-        config = self.job.config
+        config, writer = self.job.config, self._writer(pending.step)
         mask_BT = np.asarray(completions.mask_BT)
         completion = int(mask_BT.sum())
         self._info["tokens_total"] += completion
         prompt, teacher_prompt = (int(np.asarray(read.mask_BS).sum()) for read in (prompts.prompts, pending.made.teacher_prompts))
-        work = self._account.work(prompt=prompt, teacher_prompt=teacher_prompt, completion=completion)
+        work = self._accounts(writer).work(prompt=prompt, teacher_prompt=teacher_prompt, completion=completion)
         for name, amount in work._asdict().items():
             self._info[name] += amount
         record = {
@@ -154,9 +159,11 @@ class Recorder:
             "cost/scored_tokens_total": self._info["scored_tokens"],
             **pending.made.counts,
         }
+        if config.rollout.source == "mix":
+            record["rollout/on_policy"] = int(writer == "student")
         if pending.annotated is not None:
             self.job.writer.samples(self.job.samples.lines(pending.step, prompts, pending.annotated))
-        if self.job.task.verifiable and config.rollout.source != "dataset":
+        if self.job.task.verifiable and writer != "dataset":
             judged = pending.made.judged or self.job.make_batch.judge(prompts, completions)
             record["rollout/reward"] = float(judged.reward_B.mean())
             record |= rewards.metrics(judged, config.rollout.group_size)
@@ -183,8 +190,9 @@ class Recorder:
         self._saved_step = self.step
 
 
-def _account(job: Job) -> cost.Account:
+def _accounts(job: Job) -> Callable[[str], cost.Account]:
+    """Of a step, by who wrote its completions."""
     student, adapter = job.student, cost.size(job.state.params) if job.student.lora else 0
     base = cost.parameters(student.config, student.params if student.lora else job.state.params)
     teacher = cost.parameters(job.teacher.config, job.teacher.params) if job.teacher else None
-    return cost.account(job.config.rollout.source, base + adapter, adapter or base, teacher, scored=job.objective.has_teacher)
+    return lambda writer: cost.account(writer, base + adapter, adapter or base, teacher, scored=job.objective.has_teacher)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from opd_jax import files
-from opd_jax.config import Config, ConfigError, check_choice, needs_verdicts
+from opd_jax.config import Config, ConfigError, check_choice, needs_verdicts, own_draws
 from opd_jax.data import tasks
 from opd_jax.data.privileged import Attempt
 from opd_jax.data.tasks import Example, Task
@@ -149,7 +149,7 @@ def check(config: Config, task: Task) -> None:
             f"config field task.name = {task.name!r} has no verifier, which reward.weight = {settings.weight:g}, masking or "
             "context.privileged.reads ask for; choose another task, or leave them at their defaults"
         )
-    if settings.weight and config.rollout.source != "student":
+    if settings.weight and not own_draws(config):
         raise ConfigError(
             f"config field rollout.source = {config.rollout.source!r} must be 'student', because reward.weight = {settings.weight:g} is "
             "for the student's own completions"

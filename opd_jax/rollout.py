@@ -1,4 +1,4 @@
-"""Where completions come from: sample() from any model, and the rollout sources of a config (student, teacher, dataset)."""
+"""Where completions come from: sample() from any model, sample_mixture() from two, and the rollout sources of a config."""
 
 from collections.abc import Callable, Sequence
 
@@ -39,6 +39,51 @@ def sample(
     without tokens, or prompts that with max_new_tokens exceed the model's context.
     """
     law = sampler.Law(float(temperature), float(top_p), int(top_k), float(min_p))
+    _check(model_config, prompts, max_new_tokens)
+    pad_id = model_config.pad_token_id or 0
+    return sampler.sample_tokens(
+        params, model_config, prompts, key=key, max_new_tokens=max_new_tokens, law=law, stop_ids=tuple(map(int, stop_ids)), pad_id=pad_id
+    )
+
+
+def sample_mixture(
+    params: dict,
+    model_config: ModelConfig,
+    prompts: Prompts,
+    teacher_params: dict,
+    teacher_config: ModelConfig,
+    teacher_prompts: Prompts,
+    *,
+    beta: float,
+    key: jax.Array,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    stop_ids: Sequence[int] = (),
+) -> Rollout:
+    """Samples each token from beta q + (1 - beta) p: q and p are what the sampling law makes of teacher and student.
+
+    As `sample`; beta = 0 draws what `sample` draws from the student, beta = 1 what it draws from the teacher. `logp_BT` is the student's
+    policy, `behaviour_logp_BT` the mixture. The teacher reads `teacher_prompts`, row by row for the same completions; only tokens that both
+    vocabularies have are drawn. Padding is the student's. A beta that changes compiles nothing. Raises UserError, also for beta outside
+    [0, 1] and prompts that are not of the same rows.
+    Sources: Ross, Gordon and Bagnell 2011, DAgger; Gu et al. 2024, MiniLLM, 2.2 (teacher-mixed sampling).
+    """
+    law = sampler.Law(float(temperature), float(top_p), int(top_k), float(min_p))
+    if not 0 <= beta <= 1:
+        raise UserError(f"beta = {beta!r} must be between 0 and 1")
+    if len(prompts.id_B) != len(teacher_prompts.id_B):
+        raise UserError(f"teacher_prompts has {len(teacher_prompts.id_B)} rows and prompts {len(prompts.id_B)}; give one for each rollout")
+    _check(model_config, prompts, max_new_tokens)
+    _check(teacher_config, teacher_prompts, max_new_tokens)
+    models = (params, model_config, prompts, teacher_params, teacher_config, teacher_prompts)
+    settings = {"max_new_tokens": max_new_tokens, "law": law, "stop_ids": tuple(map(int, stop_ids))}
+    return sampler.sample_mixture_tokens(*models, beta=jnp.float32(beta), key=key, **settings, pad_id=model_config.pad_token_id or 0)
+
+
+def _check(model_config: ModelConfig, prompts: Prompts, max_new_tokens: int) -> None:
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens = {max_new_tokens!r} must be at least 1")
     lengths = np.asarray(prompts.mask_BS).sum(1)
@@ -50,10 +95,6 @@ def sample(
             f"a prompt of {lengths.max()} tokens and max_new_tokens = {max_new_tokens} exceed the model's context of {context} tokens; "
             "shorten the prompt or lower max_new_tokens"
         )
-    pad_id = model_config.pad_token_id or 0
-    return sampler.sample_tokens(
-        params, model_config, prompts, key=key, max_new_tokens=max_new_tokens, law=law, stop_ids=tuple(map(int, stop_ids)), pad_id=pad_id
-    )
 
 
 def from_completions(tokens_BT: jax.Array, mask_BT: jax.Array, stopped_B: jax.Array, id_B: jax.Array) -> Rollout:
@@ -62,13 +103,29 @@ def from_completions(tokens_BT: jax.Array, mask_BT: jax.Array, stopped_B: jax.Ar
     return Rollout(tokens_BT, mask_BT, zeros_BT, zeros_BT, id_B, stopped_B)
 
 
-def check_solutions(examples: Sequence[Example]) -> None:
-    """Raises UserError for an example without a solution, which rollout.source = 'dataset' needs."""
+def check_solutions(examples: Sequence[Example], source: str) -> None:
+    """Raises UserError for an example without a solution, which a rollout.source that takes completions from the data set needs."""
     for example in examples:
         if example.solution is None:
             raise UserError(
-                f"rollout.source = 'dataset': the example with prompt {example.prompt[:40]!r} has no solution to learn from; add one"
+                f"rollout.source = {source!r}: the example with prompt {example.prompt[:40]!r} has no solution to learn from; add one"
             )
+
+
+def writer(settings: config_lib.Rollout, seed: int, step: int) -> str:
+    """Who writes the completions of a step (from 0): student, teacher, dataset or dagger. A function of its arguments: a resume repeats it.
+
+    With source=mix the student writes with probability `student_fraction`, and otherwise the data set, a whole step at a time (Agarwal et
+    al. 2024, GKD, algorithm 1).
+    """
+    if settings.source != "mix":
+        return settings.source
+    return "student" if np.random.default_rng([seed, step, 0x6BD]).random() < settings.student_fraction else "dataset"
+
+
+def teacher_share(settings: config_lib.Rollout, step: int) -> float:
+    """beta_i of source=dagger: the probability with which the teacher writes a token of step (from 0), in round i = step // round."""
+    return settings.beta * settings.beta_decay ** (step // settings.round)
 
 
 def make_source(
@@ -76,20 +133,30 @@ def make_source(
 ) -> Source:
     """The rollout source of a config. Call it under `jax.set_mesh(mesh)`."""
     law = {name: getattr(settings, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "min_p")}
+    law["stop_ids"] = tokenizer.eos_ids
+
+    def key_of(step: int) -> jax.Array:
+        return jax.random.fold_in(jax.random.key(seed), step)
 
     def sampled(model_config: ModelConfig, params: dict, prompts: Prompts, step: int) -> Rollout:
-        key = jax.random.fold_in(jax.random.key(seed), step)
-        return sample(params, model_config, parallel.shard_batch(prompts, mesh), key=key, stop_ids=tokenizer.eos_ids, **law)
+        return sample(params, model_config, parallel.shard_batch(prompts, mesh), key=key_of(step), **law)
+
+    def dagger(params: dict, teacher_params: dict, batch: pipeline.Batch, step: int) -> Rollout:
+        own, theirs = parallel.shard_batch((batch.prompts, batch.teacher_prompts), mesh)
+        beta = teacher_share(settings, step)
+        return sample_mixture(params, student, own, teacher_params, teacher, theirs, beta=beta, key=key_of(step), **law)
 
     def dataset(_, __, batch: pipeline.Batch, step: int) -> Rollout:
-        check_solutions(batch.examples)
+        check_solutions(batch.examples, settings.source)
         texts = [example.solution for example in batch.examples for _ in range(settings.group_size)]
         tokens_BT, mask_BT, stopped_B = pipeline.encode_completions(texts, tokenizer, max_new_tokens=settings.max_new_tokens)
         arrays = parallel.shard_batch((tokens_BT, mask_BT, stopped_B, batch.prompts.id_B), mesh)
         return from_completions(*arrays)
 
-    return {
+    writers = {
         "student": lambda params, _, batch, step: sampled(student, params, batch.prompts, step),
         "teacher": lambda _, params, batch, step: sampled(teacher, params, batch.teacher_prompts, step),
+        "dagger": dagger,
         "dataset": dataset,
-    }[settings.source]
+    }
+    return lambda params, teacher_params, batch, step: writers[writer(settings, seed, step)](params, teacher_params, batch, step)

@@ -1,12 +1,15 @@
 """Jitted sampling: prefill, then a decode loop that ends when every row has stopped. Draws are counted, not streamed.
 
 The uniform of a draw is a function of (key, rollout id, position) and of nothing else: not of the row, the batch, the padding, the mesh or
-the number of tokens asked for. A token is the inverse of the law's cumulative distribution, in vocabulary order, at that uniform.
+the number of tokens asked for. A token is the inverse of the law's cumulative distribution, in vocabulary order, at that uniform. Where two
+models write, a second uniform of the same kind says which of them writes the token.
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,11 +74,38 @@ def uniforms(key: jax.Array, id_B: jax.Array, position: jax.Array) -> jax.Array:
 def draw(logits_BV: jax.Array, uniform_B: jax.Array, law: Law) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(tokens [B], their log-prob under the policy at temperature 1, their log-prob under the law)."""
     behaviour_BV = law_logp(logits_BV, law)
-    cumulative_BV = jnp.cumsum(jnp.exp(behaviour_BV), axis=-1)
+    token_B = _inverse(behaviour_BV, uniform_B)
+    return token_B, _policy_logp(logits_BV, token_B), _pick(behaviour_BV, token_B)
+
+
+def draw_mixture(
+    student_BV: jax.Array, teacher_BV: jax.Array, uniform_B: jax.Array, writer_B: jax.Array, beta: jax.Array, law: Law, shared: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(tokens [B], their log-prob under the student's policy at temperature 1, their log-prob under the mixture).
+
+    The mixture is beta q + (1 - beta) p of the probabilities, q and p what `law` makes of teacher and student on the first `shared` rows of
+    the vocabulary. The teacher writes where `writer_B` is below beta: at the ends of [0, 1] the draws are those of one model alone.
+    """
+    width = min(student_BV.shape[-1], teacher_BV.shape[-1])
+    known_1V = jnp.arange(width)[None, :] < shared
+    p_BV, q_BV = (law_logp(jnp.where(known_1V, x_BV[:, :width], -jnp.inf), law) for x_BV in (student_BV, teacher_BV))
+    token_B = _inverse(jnp.where((writer_B < beta)[:, None], q_BV, p_BV), uniform_B)
+    behaviour_B = jnp.logaddexp(jnp.log(beta) + _pick(q_BV, token_B), jnp.log1p(-beta) + _pick(p_BV, token_B))
+    return token_B, _policy_logp(student_BV, token_B), behaviour_B
+
+
+def _inverse(logp_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:
+    cumulative_BV = jnp.cumsum(jnp.exp(logp_BV), axis=-1)
     # Scaled by the sum as computed, so that rounding never points past the last token; a token of no mass is never at the first crossing.
-    token_B = jnp.sum(cumulative_BV <= (uniform_B * cumulative_BV[:, -1])[:, None], axis=-1).astype(jnp.int32)
-    pick = lambda x_BV: jnp.take_along_axis(x_BV, token_B[:, None], axis=-1)[:, 0]
-    return token_B, pick(logits_BV) - jax.nn.logsumexp(logits_BV, axis=-1), pick(behaviour_BV)
+    return jnp.sum(cumulative_BV <= (uniform_B * cumulative_BV[:, -1])[:, None], axis=-1).astype(jnp.int32)
+
+
+def _policy_logp(logits_BV: jax.Array, token_B: jax.Array) -> jax.Array:
+    return _pick(logits_BV, token_B) - jax.nn.logsumexp(logits_BV, axis=-1)
+
+
+def _pick(x_BV: jax.Array, token_B: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(x_BV, token_B[:, None], axis=-1)[:, 0]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "max_new_tokens", "law", "stop_ids", "pad_id"))
@@ -90,21 +120,74 @@ def sample_tokens(
     stop_ids: tuple[int, ...],
     pad_id: int,
 ) -> Rollout:
-    """Completions [B, max_new_tokens]. Rows that have stopped write padding; the loop ends when all have."""
-    rows, width = prompts.tokens_BS.shape
-    logits_BV, cache = forward.prefill(params, config, prompts.tokens_BS, prompts.mask_BS, cache_length=width + max_new_tokens)
+    """Completions [B, max_new_tokens] of one model."""
+    width = prompts.tokens_BS.shape[1] + max_new_tokens
+    logits_BV, cache = forward.prefill(params, config, prompts.tokens_BS, prompts.mask_BS, cache_length=width)
     key_of_position = functools.partial(uniforms, key, prompts.id_B)
+    write = lambda logits_BV, position: draw(logits_BV, key_of_position(position), law)
+    read = lambda token_B, cache: forward.decode_step(params, config, token_B, cache)
+    return _generate(logits_BV, cache, prompts.id_B, write, read, max_new_tokens, stop_ids, pad_id)
+
+
+_OF_WRITERS = 0xDA66  # folded into a key, gives the key of the uniforms that say who writes
+
+
+@functools.partial(jax.jit, static_argnames=("config", "teacher_config", "max_new_tokens", "law", "stop_ids", "pad_id"))
+def sample_mixture_tokens(
+    params: dict,
+    config: ModelConfig,
+    prompts: Prompts,
+    teacher_params: dict,
+    teacher_config: ModelConfig,
+    teacher_prompts: Prompts,
+    *,
+    beta: jax.Array,
+    key: jax.Array,
+    max_new_tokens: int,
+    law: Law,
+    stop_ids: tuple[int, ...],
+    pad_id: int,
+) -> Rollout:
+    """Completions [B, max_new_tokens] that student and teacher write together, token by token, each after a prompt of its own."""
+    models = ((params, config, prompts), (teacher_params, teacher_config, teacher_prompts))
+    begun = [
+        forward.prefill(params, config, read.tokens_BS, read.mask_BS, cache_length=read.tokens_BS.shape[1] + max_new_tokens)
+        for params, config, read in models
+    ]
+    shared = min(model.valid_vocab_size or model.vocab_size for model in (config, teacher_config))
+    of_writers = jax.random.fold_in(key, _OF_WRITERS)
+
+    def write(logits, position):
+        uniform_B, writer_B = (uniforms(one, prompts.id_B, position) for one in (key, of_writers))
+        return draw_mixture(*logits, uniform_B, writer_B, beta, law, shared)
+
+    def read(token_B, caches):
+        steps = [forward.decode_step(params, config, token_B, cache) for (params, config, _), cache in zip(models, caches, strict=True)]
+        return tuple(zip(*steps, strict=True))
+
+    logits, caches = zip(*begun, strict=True)
+    return _generate(logits, caches, prompts.id_B, write, read, max_new_tokens, stop_ids, pad_id)
+
+
+def _generate(
+    logits: Any, cache: Any, id_B: jax.Array, write: Callable, read: Callable, max_new_tokens: int, stop_ids: tuple[int, ...], pad_id: int
+) -> Rollout:
+    """The decode loop. Rows that have stopped write padding; the loop ends when all have.
+
+    `write(logits, position)` gives what `draw` gives; `read(token_B, cache)` the logits after these tokens and the cache with them.
+    """
+    rows = len(id_B)
 
     def body(carry):
-        position, logits_BV, cache, stopped_B, columns = carry
-        token_B, logp_B, behaviour_B = draw(logits_BV, key_of_position(position), law)
+        position, logits, cache, stopped_B, columns = carry
+        token_B, logp_B, behaviour_B = write(logits, position)
         new = (jnp.where(stopped_B, pad_id, token_B), ~stopped_B, jnp.where(stopped_B, 0, logp_B), jnp.where(stopped_B, 0, behaviour_B))
         columns = tuple(
             jax.lax.dynamic_update_slice_in_dim(x_BT, x_B[:, None], position, axis=1) for x_BT, x_B in zip(columns, new, strict=True)
         )
         stopped_B |= _is_any(token_B, stop_ids)
-        logits_BV, cache = forward.decode_step(params, config, new[0], cache)
-        return position + 1, logits_BV, cache, stopped_B, columns
+        logits, cache = read(new[0], cache)
+        return position + 1, logits, cache, stopped_B, columns
 
     def unfinished(carry):
         return (carry[0] < max_new_tokens) & ~jnp.all(carry[3])
@@ -113,8 +196,8 @@ def sample_tokens(
     columns = (jnp.full(shape, pad_id, jnp.int32), jnp.zeros(shape, bool), jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
     columns = tuple(parallel.constrain(x, "batch", None) for x in columns)
     stopped_B = parallel.constrain(jnp.zeros(rows, bool), "batch")
-    *_, stopped_B, columns = jax.lax.while_loop(unfinished, body, (jnp.int32(0), logits_BV, cache, stopped_B, columns))
-    return Rollout(*columns, prompts.id_B, stopped_B)
+    *_, stopped_B, columns = jax.lax.while_loop(unfinished, body, (jnp.int32(0), logits, cache, stopped_B, columns))
+    return Rollout(*columns, id_B, stopped_B)
 
 
 def _is_any(token_B: jax.Array, ids: tuple[int, ...]) -> jax.Array:

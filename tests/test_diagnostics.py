@@ -287,8 +287,8 @@ def test_an_update_without_tokens_goes_on():
     with jax.set_mesh(mesh):
         state, measured = update(fresh(), teacher_params, batch)
     assert bool(state.finite) and int(state.step) == 1 and math.isnan(measured["diagnostics"]["diag/topk_overlap"])
-    looks = diagnostics.Diagnostics(tokenizer.byte(), "student")
-    record = looks.record(measured["diagnostics"], completions(batch.student.completion_BT, empty.mask_BT))
+    looks = diagnostics.Diagnostics(tokenizer.byte())
+    record = looks.record(measured["diagnostics"], completions(batch.student.completion_BT, empty.mask_BT), own_draws=True)
     assert set(record.values()) == {0.0}
     assert set(record) == {"diag/outlier_tokens", "diag/terminal_loops", "diag/gradient_signal", "diag/gradient_noise"}
 
@@ -353,11 +353,13 @@ def test_the_lowest_special_token_is_named_and_warned_of_once(caplog):
     text = tokenizer.byte()
     stop = text.eos_ids[0]
     rollout = completions([[65, stop, stop], [66, 67, 68]], [[1, 1, 0], [1, 1, 1]])
-    looks = diagnostics.Diagnostics(text, "student")
+    looks = diagnostics.Diagnostics(text)
     ratios = np.array([[-90.0, -20.5, -99.0], [-1.0, 3.0, -30.0]])
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            record = looks.record({"log_ratio_BT": ratios, "diag/ess_token": np.float32(0.5), "diag/x": np.float32(np.nan)}, rollout)
+            record = looks.record(
+                {"log_ratio_BT": ratios, "diag/ess_token": np.float32(0.5), "diag/x": np.float32(np.nan)}, rollout, own_draws=True
+            )
     assert record == {
         "diag/special_log_ratio_min": -20.5,
         "diag/special_token_min": stop,
@@ -367,9 +369,9 @@ def test_the_lowest_special_token_is_named_and_warned_of_once(caplog):
     (warning,) = [r.getMessage() for r in caplog.records]
     assert f"(id {stop}) a log-ratio of -20.5 nats" in warning and text.piece(stop) in warning
     ratios[0, 1] = -np.inf
-    assert "diag/special_log_ratio_min" not in looks.record({"log_ratio_BT": ratios}, rollout)
+    assert "diag/special_log_ratio_min" not in looks.record({"log_ratio_BT": ratios}, rollout, own_draws=True)
     plain = completions([[65, 66]], [[1, 1]])
-    assert diagnostics.Diagnostics(text, "teacher").record({"log_ratio_BT": ratios[:1, :2], "diag/ess_token": 0.5}, plain) == {
+    assert diagnostics.Diagnostics(text).record({"log_ratio_BT": ratios[:1, :2], "diag/ess_token": 0.5}, plain, own_draws=False) == {
         "diag/terminal_loops": 0.0
     }
 

@@ -126,6 +126,11 @@ CASES = {
         WITH_TEACHER | VERIFIED | LOOKED_AT,
         COMPARED | OWN_DRAWS | {"diag/gradient_noise"},
     ),
+    "mix": (
+        WATCHED | {"rollout.source": "mix"},
+        COMPARED | VERIFIED | OWN_DRAWS | {"rollout/on_policy"},
+        set(),
+    ),
     "no_teacher": (
         WATCHED | {"teacher.path": "", "rollout.source": "dataset", "signal.divergence": "nll"},
         {"eval/accuracy", "diag/terminal_loops"},

@@ -45,7 +45,9 @@ from opd_jax.config.fields import (
     flatten,
     has_teacher,
     needs_reference,
+    needs_solutions,
     needs_verdicts,
+    own_draws,
 )
 from opd_jax.config.loading import load_config
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from opd_jax.config.fields import Architecture, Config, flatten, has_teacher
+from opd_jax.config.fields import Architecture, Config, flatten, has_teacher, own_draws
 from opd_jax.types import UserError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text")  # what student.init can make
@@ -31,7 +31,7 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         mesh.tensor eval.samples eval.batch_size checkpoint.every log.samples task.level study.rollouts study.reference study.microbatch
         study.position_parts study.sketch student.init.hidden_size student.init.intermediate_size student.init.num_hidden_layers
         student.init.num_attention_heads student.init.num_key_value_heads student.init.max_position_embeddings estimator.clip
-        teacher.every""",
+        teacher.every rollout.round""",
         lambda value: value >= 1,
         "must be at least 1",
     ),
@@ -53,7 +53,8 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ),
     ("rollout.temperature", lambda value: value == 0 or value >= 1e-4, "must be 0 (greedy) or at least 0.0001"),
     (
-        "rollout.min_p estimator.gamma learner.final_fraction signal.beta teacher.rate",
+        """rollout.min_p rollout.student_fraction rollout.beta rollout.beta_decay estimator.gamma learner.final_fraction signal.beta
+        teacher.rate""",
         lambda value: 0 <= value <= 1,
         "must be between 0 and 1",
     ),
@@ -80,7 +81,7 @@ def _require(condition: bool, name: str, value: Any, valid: str) -> None:
 def validate(config: Config) -> None:
     """Refuses values out of range and fields that contradict each other. Raises ConfigError."""
     _check_range(flatten(config))
-    check_choice("rollout.source", config.rollout.source, ("student", "teacher", "dataset"))
+    check_choice("rollout.source", config.rollout.source, ("student", "teacher", "dataset", "mix", "dagger"))
     check_choice("reward.only", config.reward.only, ("all", "solved"))
     check_choice("regulariser.divergence", config.regulariser.divergence, ("reverse_kl", "forward_kl"))
     for name in ("special_tokens", "malformed", "solved"):
@@ -142,14 +143,20 @@ def _check_experts(init: Architecture) -> None:
 def _check_teacher(config: Config) -> None:
     source = config.rollout.source
     _require(
-        has_teacher(config) or source != "teacher",
+        has_teacher(config) or source not in ("teacher", "dagger"),
         "teacher.path",
         "",
-        "must name a model: rollout.source = 'teacher' needs a teacher",
+        f"must name a model: rollout.source = {source!r} needs a teacher",
     )
+    members = ", ".join(config.teacher.members)
+    _require(source != "dagger" or len(config.teacher.members) < 2, "rollout.source", source, f"mixes with one teacher, not with {members}")
     own = f"signal.tail = {config.signal.tail!r}" if config.signal.tail.startswith("sampled") else ""
     own = "signal.support = 'sampled'" if config.signal.support == "sampled" else own
     own = f"estimator.credit = {config.estimator.credit!r}" if config.estimator.credit != "token" else own
-    _require(source == "student" or not own, "rollout.source", source, f"must be 'student', because {own} needs draws of the student")
+    corrected = source == "dagger" and config.estimator.importance != "none"  # the law of the mixture is known, and covers the student's
+    remedy = "; or let estimator.importance correct for who wrote" if source == "dagger" else ""
+    remedy = "; or let rollout.student_fraction be 1" if source == "mix" else remedy
+    fits = own_draws(config) or corrected or not own
+    _require(fits, "rollout.source", source, f"must be 'student', because {own} needs draws of the student{remedy}")
     greedy = config.rollout.temperature == 0 or config.rollout.top_k == 1
     _require(not (greedy and own), "rollout.temperature", config.rollout.temperature, f"is greedy, but {own} needs draws from the policy")

@@ -89,7 +89,13 @@ class Context:
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    source: str = "student"  # who writes the completions: student (on-policy), teacher (SeqKD), dataset (SFT)
+    # student (on-policy), teacher (SeqKD), dataset (SFT); mix: the student in some steps, the data set in the others (GKD); dagger: the
+    # teacher some tokens, the student the others (DAgger without aggregation; with beta_decay=1 the teacher-mixed sampling of MiniLLM)
+    source: str = "student"  # who writes the completions
+    student_fraction: float = 0.5  # source=mix: probability with which a step's completions are the student's (lambda of GKD)
+    beta: float = 0.2  # source=dagger: probability with which the teacher writes a token, in the first round
+    beta_decay: float = 1.0  # source=dagger: factor of beta from round to round; 0: the teacher writes in the first round alone
+    round: int = 1  # source=dagger: updates of a round
     batch_size: int = 64  # rollouts per step
     group_size: int = 1  # rollouts per prompt; divides batch_size
     max_new_tokens: int = 64  # tokens per completion at most, stop token included
@@ -308,6 +314,16 @@ FREE_ON_RESUME = ("eval.", "log.", "checkpoint.", "mesh.", "cache_dir", "study."
 def has_teacher(config: Config) -> bool:
     """Whether a config names one."""
     return bool(config.teacher.path or config.teacher.recipe or config.teacher.members)
+
+
+def own_draws(config: Config) -> bool:
+    """Whether the student alone writes the completions of every step."""
+    return config.rollout.source == "student" or (config.rollout.source == "mix" and config.rollout.student_fraction == 1)
+
+
+def needs_solutions(config: Config) -> bool:
+    """Whether the data set writes the completions of some steps."""
+    return config.rollout.source == "dataset" or (config.rollout.source == "mix" and config.rollout.student_fraction < 1)
 
 
 def needs_reference(config: Config) -> bool:

@@ -22,14 +22,14 @@ def described() -> dict[str, Description]:
         ),
         **_top_k(),
         "diag/ess_token": Description(
-            "effective sample size of the tokens as draws of the policy, as a share of their number (rollout.source = student); below 1 "
-            "where the sampling law, or the arithmetic of the sampler, is another",
+            "effective sample size of the tokens as draws of the policy, as a share of their number (rollout.source = student; mix: in "
+            "on-policy steps); below 1 where the sampling law, or the arithmetic of the sampler, is another",
             "(sum_bt m_bt w_bt)^2 / (M sum_bt m_bt w_bt^2), w_bt = pi(y_bt|c_bt) / mu(y_bt|c_bt), mu the law that sampled",
             "fraction",
             "Kong 1992",
         ),
         "diag/ess_sequence": Description(
-            "the same of whole completions (rollout.source = student)",
+            "the same of whole completions (rollout.source = student; mix: in on-policy steps)",
             "(sum_b W_b)^2 / (N sum_b W_b^2), W_b = prod_t w_bt over m_bt = 1, of the N completions that have a token",
             "fraction",
             "Kong 1992",

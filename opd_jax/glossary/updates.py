@@ -18,15 +18,29 @@ def described() -> dict[str, Description]:
         "train/learning_rate": Description("learning rate of this update", "schedule(n - 1)", "-"),
         **_parts(),
         "train/reverse_kl": Description(
-            "reverse KL to the teacher on the student's own completions (rollout.source = student)", "(1/M) sum_bt m_bt K_bt", "nats/token"
+            "reverse KL to the teacher on the student's own completions (rollout.source = student; mix: in on-policy steps)",
+            "(1/M) sum_bt m_bt K_bt",
+            "nats/token",
         ),
         "train/log_ratio_mean": Description(
-            "log-ratio of teacher to student on the student's own completions (rollout.source = student); drawn from pi itself, its "
-            "expectation is minus train/reverse_kl",
+            "log-ratio of teacher to student on the student's own completions (rollout.source = student; mix: in on-policy steps); "
+            "drawn from pi itself, its expectation is minus train/reverse_kl",
             "(1/M) sum_bt m_bt l_bt",
             "nats/token",
         ),
         "train/tokens": Description("completion tokens in this step's loss", "M", "tokens"),
+        "teacher/disagreement": Description(
+            "disagreement of several teachers on this step's completions, whatever their weights or routes: generalised Jensen-Shannon "
+            "divergence, from 0 to log J",
+            "(1/M) sum_bt m_bt (1/J) sum_j KL(q_j || (1/J) sum_i q_i)(c_bt); q_j the J members of teacher.members, without the reference",
+            "nats/token",
+        ),
+        "rollout/on_policy": Description(
+            "whether the student wrote this step's completions, otherwise the data set did (rollout.source = mix)",
+            "1[u_n < rollout.student_fraction], u_n uniform, a function of seed and step",
+            "1 or 0",
+            "Agarwal et al. 2024, GKD",
+        ),
         "rollout/length": Description("mean length of this step's completions, stop token included", "M / B", "tokens"),
         "rollout/truncated_fraction": Description(
             "share of completions without a stop token, cut off by max_new_tokens", "(1/B) sum_b 1[no stop token in y_b]", "fraction"
@@ -95,7 +109,8 @@ def _costs() -> dict[str, Description]:
             f"floating-point operations of all updates (sampling, teacher, training), without diagnostics and evaluations{resumed}",
             "sum over steps 1 ... n and completions of 2 N_g (x + T) + 2 N_q (x' + T) + 6 N (x + T); T tokens of the completion, x and x' "
             "of its prompt as student and teacher read it; N, N_g and N_q parameters of the student, of the model that samples (0: a data "
-            "set; a teacher reads x'), and of the teacher where it scores; with an adapter 4 N + 2 N_adapter for 6 N",
+            "set; a teacher reads x'; dagger: a term for each of the two), and of the teacher where it scores; with an adapter "
+            "4 N + 2 N_adapter for 6 N",
             "FLOPs",
             "Kaplan et al. 2020, Scaling Laws for Neural Language Models, 2.1; here the output projection counts",
         ),
