@@ -14,7 +14,7 @@ import scipy.stats
 from test_sampler import numpy_law
 
 from opd_jax import config as config_lib
-from opd_jax import cost, metrics, model_io, objective, parallel, rewards, rollout, sampler, train
+from opd_jax import cost, glossary, metrics, model_io, objective, parallel, rewards, rollout, sampler, train
 from opd_jax.config import ConfigError
 from opd_jax.data import pipeline, tasks
 from opd_jax.data.tasks import Example
@@ -95,7 +95,7 @@ def log_probs(model, prompts, tokens_BT):
     return np.take_along_axis(logp, np.asarray(tokens_BT)[:, :, None], axis=-1)[:, :, 0]
 
 
-@pytest.mark.parametrize("law", [{}, {"top_p": 0.8}], ids=["plain", "truncated"])
+@pytest.mark.parametrize("law", [{}, pytest.param({"top_p": 0.8}, marks=pytest.mark.slow)], ids=["plain", "truncated"])
 def test_at_its_ends_the_mixture_is_one_model_bit_for_bit(law):
     """Two writers may not cost a bit: the student's draws, and the teacher's after its own prompt, whose log-probs are the behaviour's."""
     student, teacher, prompts, teacher_prompts = case()
@@ -151,6 +151,7 @@ def near(a, b):
         np.testing.assert_allclose(getattr(a, name), getattr(b, name), atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_order_split_padding_and_length_change_nothing():
     _, _, own, theirs = case()
     whole = mixed(0.5)
@@ -183,6 +184,7 @@ def test_another_beta_compiles_nothing(caplog):
     assert [r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling")] == []
 
 
+@pytest.mark.slow
 def test_tokens_that_the_student_does_not_have_are_not_drawn():
     """A teacher of 19 rows of which 14 are real, a student of 17: only the first 14 are drawn, whoever writes."""
     _, _, own, theirs = case()
@@ -266,6 +268,7 @@ def made_by(step, **changes):
         return source(params, teacher_params, batch(), step)
 
 
+@pytest.mark.slow
 def test_a_step_of_the_mix_is_one_of_the_student_or_one_of_the_data_set():
     steps = {rollout.writer(settings_of(source="mix"), 0, step): step for step in range(16)}
     for source, step in steps.items():
@@ -273,6 +276,7 @@ def test_a_step_of_the_mix_is_one_of_the_student_or_one_of_the_data_set():
     assert not np.array_equal(made_by(steps["student"], source="mix").tokens_BT, made_by(steps["student"], source="dataset").tokens_BT)
 
 
+@pytest.mark.slow
 def test_dagger_draws_with_the_key_and_the_share_of_its_step():
     (student, teacher), read = byte_models(), batch()
     found = made_by(5, source="dagger", beta=0.8, beta_decay=0.5, round=3, temperature=0.9)
@@ -411,7 +415,7 @@ def teacher(tmp_path_factory):
 
 
 def without_clock(records):
-    return [{k: v for k, v in record.items() if not metrics.depends_on_clock(k)} for record in records]
+    return [{k: v for k, v in record.items() if not glossary.depends_on_clock(k)} for record in records]
 
 
 RUNS = {
