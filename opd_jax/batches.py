@@ -80,13 +80,13 @@ class BatchMaker:
         found = {}
         distilled = self._distilled(completions, judged, informed)
         if distilled is not None:
-            found["distillation"] = dataclasses.replace(own, mask_BT=own.mask_BT & distilled)
+            found["distillation"] = found["extra"] = dataclasses.replace(own, mask_BT=own.mask_BT & distilled)
         if self._config.reward.weight:
             found["reward"] = self._rewarded(own, completions, judged)
         return found
 
     def _distilled(self, completions: Rollout, judged: Judged | None, informed: Informed | None) -> jax.Array | None:
-        """Which tokens the distillation term learns from, [B, T] or [B, 1]; None: all."""
+        """Which tokens the distillation terms learn from, [B, T] or [B, 1]; None: all."""
         masking, shape = self._config.masking, completions.mask_BT.shape
         keep_B = np.ones(shape[0], bool)
         if informed is not None:

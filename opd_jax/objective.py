@@ -1,27 +1,44 @@
 """The only place where numerics meet config: which statistics, which estimator, which normaliser -> the loss of a batch."""
 
 import dataclasses
+import re
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from opd_jax import config as config_lib
 from opd_jax import parallel, teachers
 from opd_jax.config import Config, ConfigError, check_choice, needs_solutions
-from opd_jax.numerics import baselines, credit, diagnostics, entries, estimators, importance, masked
+from opd_jax.numerics import baselines, credit, diagnostics, entries, estimators, gates, importance, masked
 from opd_jax.numerics.estimators import Context, Estimator
+from opd_jax.numerics.gates import Gate
 from opd_jax.numerics.token_stats import SUPPORTS, TAILS, Head, Signal, Stats, Target, token_stats
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One term of the loss, coefficient / Z sum_bt w_bt (loss of the estimator at b, t), with a mask and a normaliser of its own."""
+    """One term of the loss, coefficient / Z sum_bt w_bt g_bt (loss of the estimator at b, t), with a mask and a normaliser of its own.
 
-    name: str  # distillation, reward, labels, reference or entropy
+    w and Z are the normaliser's, by the mask alone; g are the gate's weights.
+    """
+
+    name: str  # distillation, extra, reward, labels, reference or entropy
     estimator: Estimator
     coefficient: float = 1.0
     normaliser: str = "token_mean"
     against: str = "teacher"  # the target that it compares with: teacher or reference
+    gate: Gate = Gate()
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Statistics that it reads."""
+        return frozenset({"logp", *self.estimator.needs, *self.gate.needs})
+
+    @property
+    def compares(self) -> bool:
+        """It reads the law that it is against."""
+        return self.estimator.signal.needs_target or bool(self.gate.needs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +49,7 @@ class Objective:
     max_length: int  # tokens, the divisor of normaliser="constant"
     has_teacher: bool  # the teacher scores each update's completions
     diagnostics: bool = False  # measure diag/ beside the loss
+    several: bool = False  # there are several teachers, which may disagree
 
     @property
     def estimator(self) -> Estimator:
@@ -49,7 +67,8 @@ class Objective:
     @property
     def shown(self) -> frozenset[str]:
         """Statistics that the metrics show, at temperature 1."""
-        return frozenset({"logp", "entropy"} | ({"target_logp", "kl"} if self.has_teacher else set()))
+        compared = {"target_logp", "kl"} | ({"disagreement"} if self.several else set())
+        return frozenset({"logp", "entropy"} | (compared if self.has_teacher else set()))
 
 
 # What each model of the loss says of some rows: heads of the student, targets by the name of who is compared with.
@@ -60,22 +79,27 @@ def from_config(config: Config, *, has_teacher: bool) -> Objective:
     """The objective of a validated config. Raises ConfigError for a signal or credit that does not exist or does not fit."""
     teachers.check(config)
     parts = _parts(config)
-    needing = next((part for part in parts if part.against == "teacher" and part.estimator.signal.needs_target), None)
+    needing = next((part for part in parts if part.against == "teacher" and part.compares), None)
     if needing and not has_teacher:
-        raise ConfigError(
-            f"config field teacher.path = '' must name a model, because signal.divergence = {config.signal.divergence!r} needs a teacher"
-        )
+        block, settings = ("extra_signal", config.extra_signal) if needing.name == "extra" else ("signal", config.signal)
+        asked = f"{block}.divergence = {settings.divergence!r}"
+        if not needing.estimator.signal.needs_target:
+            asked = f"{_GATES[needing.name]}.kind = {needing.gate.kind!r}"
+        raise ConfigError(f"config field teacher.path = '' must name a model, because {asked} needs a teacher")
     # Cross-entropy needs no teacher, and the metrics that compare with one speak of the student's own completions.
     scored = has_teacher and (bool(needing) or config.rollout.source in ("student", "mix"))
-    return Objective(parts, config.rollout.max_new_tokens, scored, config.log.diagnostics)
+    several = len(teachers.asked(config)) > 1
+    return Objective(parts, config.rollout.max_new_tokens, scored, config.log.diagnostics, several)
+
+
+# Part -> the config block of its gate.
+_GATES = {"distillation": "gate", "extra": "extra_signal.gate"}
 
 
 def _parts(config: Config) -> tuple[Part, ...]:
     loss, reward, regulariser = config.loss, config.reward, config.regulariser
     warm = {"student_temperature": loss.student_temperature}
-    parts = []
-    if config.signal.weight:
-        parts.append(Part("distillation", _estimator(config), config.signal.weight, loss.normaliser))
+    parts = _distillation(config)
     if reward.weight:
         built = _from_numerics(lambda: estimators.rewarded.build(clip_low=reward.clip_low, clip_high=reward.clip_high, **warm))
         parts.append(Part("reward", built, reward.weight, loss.normaliser))
@@ -92,18 +116,57 @@ def _parts(config: Config) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def _from_numerics(make):
+def _distillation(config: Config) -> list[Part]:
+    """The terms of `signal` and `extra_signal`, those that have a weight."""
+    extra, normaliser, parts = config.extra_signal, config.loss.normaliser, []
+    if config.signal.weight:
+        parts.append(Part("distillation", _estimator(config), config.signal.weight, normaliser, gate=_gate("gate", config.gate)))
+    elif config.gate.kind != "none":
+        raise ConfigError(f"config field gate.kind = {config.gate.kind!r} weighs the term that signal.weight = 0 leaves out; use 'none'")
+    if extra.weight:
+        signal, asked = _signal("extra_signal", extra, config.loss), config.estimator
+        off_policy = {"importance": asked.importance, "clip": asked.clip}
+        built = _from_numerics(lambda: estimators.build(signal, "token", 1.0, **off_policy), "extra_signal")
+        parts.append(Part("extra", built, extra.weight, normaliser, gate=_gate("extra_signal.gate", extra.gate)))
+    elif extra.gate.kind != "none":
+        raise ConfigError(
+            f"config field extra_signal.gate.kind = {extra.gate.kind!r} weighs the term that extra_signal.weight = 0 leaves out; use 'none'"
+        )
+    return parts
+
+
+def _from_numerics(make, block: str = "signal"):
+    """make(), whose errors speak of the config block `signal`, with those of another block of its kind by that one's name."""
     try:
         return make()
     except ValueError as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(re.sub(r"\bsignal\.", f"{block}.", str(error))) from None
+
+
+def _gate(block: str, settings: config_lib.Gate) -> Gate:
+    check_choice(f"{block}.kind", settings.kind, gates.GATES)
+    return Gate(settings.kind, settings.threshold, settings.gain)
+
+
+def _signal(block: str, settings: config_lib.Signal, loss: config_lib.Loss) -> Signal:
+    check_choice(f"{block}.divergence", settings.divergence, entries.KINDS)
+    check_choice(f"{block}.support", settings.support, SUPPORTS)
+    check_choice(f"{block}.tail", settings.tail, TAILS)
+    compared = {
+        "kind": settings.divergence,
+        "support": settings.support,
+        "tail": settings.tail,
+        "k": settings.k if settings.k or settings.support.startswith("topk") else None,
+        "beta": settings.beta,
+        "clip": settings.clip,
+        "student_temperature": loss.student_temperature,
+        "teacher_temperature": loss.teacher_temperature,
+    }
+    return _from_numerics(lambda: Signal(**compared), block)
 
 
 def _estimator(config: Config) -> Estimator:
-    signal, loss, asked = config.signal, config.loss, config.estimator
-    check_choice("signal.divergence", signal.divergence, entries.KINDS)
-    check_choice("signal.support", signal.support, SUPPORTS)
-    check_choice("signal.tail", signal.tail, TAILS)
+    asked, signal = config.estimator, _signal("signal", config.signal, config.loss)
     check_choice("estimator.credit", asked.credit, credit.CREDITS)
     check_choice("estimator.baseline", asked.baseline, baselines.BASELINES)
     check_choice("estimator.importance", asked.importance, importance.CORRECTIONS)
@@ -121,21 +184,12 @@ def _estimator(config: Config) -> Estimator:
             f"config field estimator.importance = {asked.importance!r} needs draws, and rollout.temperature = 0 is greedy; use 'none', or "
             "a temperature above 0"
         )
-    compared = {
-        "kind": signal.divergence,
-        "support": signal.support,
-        "tail": signal.tail,
-        "k": signal.k if signal.k or signal.support.startswith("topk") else None,
-        "beta": signal.beta,
-        "student_temperature": loss.student_temperature,
-        "teacher_temperature": loss.teacher_temperature,
-    }
     choices = {name: getattr(asked, name) for name in ("exact_future", "baseline", "importance", "clip")}
-    return _from_numerics(lambda: estimators.build(Signal(**compared), asked.credit, asked.gamma, **choices))
+    return _from_numerics(lambda: estimators.build(signal, asked.credit, asked.gamma, **choices))
 
 
 def claim(objective: Objective, config: Config) -> str:
-    """Which gradient a run on the student's completions, or on others by ratios, follows; with what its law and its normaliser spoil."""
+    """Which gradient a run on the student's completions, or on others by ratios, follows; with what law, normaliser and gates spoil."""
     law, asked, spoilt = config.rollout, config.estimator.importance, []
     truncated = [f"{name}={value}" for name, value, whole in _truncations(law) if value != whole]
     if truncated:
@@ -147,7 +201,15 @@ def claim(objective: Objective, config: Config) -> str:
     normaliser = objective.parts[0].normaliser
     if normaliser in ("token_mean", "sequence_mean"):
         spoilt.append(f"lengths weigh completions (loss.normaliser={normaliser})")
-    return f"{objective.estimator.claim}{', but for: ' if spoilt else ''}{'; '.join(spoilt)}"
+    first, *others = objective.parts
+    beside = [f"; beside it extra_signal.weight={part.coefficient:g} of: {_said(part, spoilt)}" for part in others if part.name == "extra"]
+    return _said(first, spoilt) + "".join(beside)
+
+
+def _said(part: Part, spoilt: list[str]) -> str:
+    weighed = [f"{part.gate.words}, which is another objective ({_GATES[part.name]}.kind={part.gate.kind})"] if part.gate.words else []
+    spoilt = spoilt + weighed
+    return f"{part.estimator.claim}{', but for: ' if spoilt else ''}{'; '.join(spoilt)}"
 
 
 def _truncations(law) -> list[tuple]:
@@ -181,7 +243,9 @@ def loss(
     values = []
     for part, stats, share in zip(objective.parts, found, shares, strict=True):
         term = part.estimator.terms(stats, _prepared(part, stats, share.context))
-        loss_B = estimators.loss_B(stats, dataclasses.replace(term, mask_BT=term.mask_BT * share.weights_BT))
+        weights_BT, gate_BT = share.weights_BT, part.gate.weights(stats, share.context.mask_BT)
+        weights_BT = weights_BT if gate_BT is None else weights_BT * gate_BT
+        loss_B = estimators.loss_B(stats, dataclasses.replace(term, mask_BT=term.mask_BT * weights_BT))
         value = jnp.sum(loss_B) / share.denominator
         values.append(value if part.coefficient == 1 else part.coefficient * value)
     sums = _sums(shown, mask_BT)
@@ -194,7 +258,7 @@ def _statistics(objective: Objective, student: Head, targets: Targets, tokens_BT
     """(statistics for each part, those that the metrics show): one pass over the vocabulary for each signal and target."""
     passes: dict[tuple, set[str]] = {}
     for part in objective.parts:
-        passes.setdefault(_pass_of(objective, part), set()).update({"logp", *part.estimator.needs})
+        passes.setdefault(_pass_of(objective, part), set()).update(part.needs)
     first = _pass_of(objective, objective.parts[0])
     exact = (first[0].student_temperature, first[0].teacher_temperature) == (1.0, 1.0)
     if exact:
@@ -212,7 +276,7 @@ def _statistics(objective: Objective, student: Head, targets: Targets, tokens_BT
 def _pass_of(objective: Objective, part: Part) -> tuple[Signal, str]:
     """(signal, target) of the pass that serves a part: that of the first part, where the log-prob alone is asked for."""
     first, own = objective.parts[0].estimator.signal, part.estimator
-    if set(own.needs) <= {"logp"} and own.signal.student_temperature == first.student_temperature:
+    if part.needs <= {"logp"} and own.signal.student_temperature == first.student_temperature:
         return first, objective.parts[0].against
     return own.signal, part.against
 
@@ -239,6 +303,8 @@ def _sums(stats: Stats, mask_BT: jax.Array) -> dict[str, jax.Array]:
     if stats.kl_BT is not None:
         sums["kl"] = masked.masked_sum(stats.kl_BT, mask_BT)
         sums["log_ratio"] = masked.masked_sum(stats.target_logp_BT - stats.logp_BT, mask_BT)
+    if stats.disagreement_BT is not None:
+        sums["disagreement"] = masked.masked_sum(stats.disagreement_BT, mask_BT)
     return sums
 
 
@@ -279,5 +345,6 @@ def metrics(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Means per token of the sums of a whole batch."""
     tokens = jnp.maximum(sums["tokens"], 1.0)
     names = {"kl": "train/reverse_kl", "log_ratio": "train/log_ratio_mean", "entropy": "rollout/entropy"}
+    names["disagreement"] = "teacher/disagreement"
     losses = {f"train/{key}": value for key, value in sums.items() if key.startswith("loss_")}
     return {"train/tokens": sums["tokens"]} | {name: sums[key] / tokens for key, name in names.items() if key in sums} | losses

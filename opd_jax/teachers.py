@@ -98,10 +98,10 @@ class Bank:
         weights = [jnp.broadcast_to(weight, shape) for weight in self._weights(route_B)]
         if self.scale == 1:
             pool = "logit" if self.update == "trust_region" or self.combine == "geometric" else "prob"
-            return _constant(Target(tuple(heads), jnp.stack(weights), pool))
+            return _constant(Target(tuple(heads), jnp.stack(weights), pool, members=len(self.members)))
         heads.append(forward.hidden(parameters.frozen[REFERENCE], self.reference, student_view))
         weights = [self.scale * weight for weight in weights] + [jnp.full(shape, 1 - self.scale, weights[0].dtype)]
-        return _constant(Target(tuple(heads), jnp.stack(weights), "logit", self.normalise))
+        return _constant(Target(tuple(heads), jnp.stack(weights), "logit", self.normalise, len(self.members)))
 
     def _weights(self, route_B: jax.Array | None) -> list[jax.Array]:
         """Of each law, [B, 1] or [1, 1]; they sum to 1."""

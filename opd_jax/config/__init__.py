@@ -23,6 +23,8 @@ from opd_jax.config.fields import (
     Estimator,
     Eval,
     Extrapolation,
+    ExtraSignal,
+    Gate,
     Learner,
     Log,
     Lora,

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from opd_jax.config.fields import Architecture, Config, flatten, has_teacher, own_draws
+from opd_jax.config.fields import Architecture, Config, Signal, flatten, has_teacher, own_draws
 from opd_jax.types import UserError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text")  # what student.init can make
@@ -39,7 +39,8 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         """seed steps rollout.top_k learner.warmup_steps learner.decay_steps eval.every eval.prompts log.samples_every signal.k
         task.train_size task.eval_size task.seed student.init.head_dim student.lora.rank study.exact_parameters learner.weight_decay
         learner.clip_norm signal.weight loss.labels reward.weight reward.clip_low reward.clip_high regulariser.kl masking.skip_first
-        masking.first_only extrapolation.scale """
+        masking.first_only extrapolation.scale signal.clip gate.threshold gate.gain extra_signal.weight extra_signal.k extra_signal.clip
+        extra_signal.gate.threshold extra_signal.gate.gain """
         + " ".join(f"student.init.{name}" for name in _EXPERT_FIELDS),
         lambda value: value >= 0,
         "must be 0 or more",
@@ -54,7 +55,7 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("rollout.temperature", lambda value: value == 0 or value >= 1e-4, "must be 0 (greedy) or at least 0.0001"),
     (
         """rollout.min_p rollout.student_fraction rollout.beta rollout.beta_decay estimator.gamma learner.final_fraction signal.beta
-        teacher.rate""",
+        extra_signal.beta teacher.rate""",
         lambda value: 0 <= value <= 1,
         "must be between 0 and 1",
     ),
@@ -150,8 +151,7 @@ def _check_teacher(config: Config) -> None:
     )
     members = ", ".join(config.teacher.members)
     _require(source != "dagger" or len(config.teacher.members) < 2, "rollout.source", source, f"mixes with one teacher, not with {members}")
-    own = f"signal.tail = {config.signal.tail!r}" if config.signal.tail.startswith("sampled") else ""
-    own = "signal.support = 'sampled'" if config.signal.support == "sampled" else own
+    own = _own_draws("signal", config.signal) or (_own_draws("extra_signal", config.extra_signal) if config.extra_signal.weight else "")
     own = f"estimator.credit = {config.estimator.credit!r}" if config.estimator.credit != "token" else own
     corrected = source == "dagger" and config.estimator.importance != "none"  # the law of the mixture is known, and covers the student's
     remedy = "; or let estimator.importance correct for who wrote" if source == "dagger" else ""
@@ -160,3 +160,10 @@ def _check_teacher(config: Config) -> None:
     _require(fits, "rollout.source", source, f"must be 'student', because {own} needs draws of the student{remedy}")
     greedy = config.rollout.temperature == 0 or config.rollout.top_k == 1
     _require(not (greedy and own), "rollout.temperature", config.rollout.temperature, f"is greedy, but {own} needs draws from the policy")
+
+
+def _own_draws(block: str, signal: Signal) -> str:
+    """The field by which a signal needs draws of the student; empty: it does not."""
+    if signal.support == "sampled":
+        return f"{block}.support = 'sampled'"
+    return f"{block}.tail = {signal.tail!r}" if signal.tail.startswith("sampled") else ""

@@ -146,7 +146,7 @@ class Regulariser:
 
 @dataclasses.dataclass(frozen=True)
 class Masking:
-    """Which tokens the distillation term learns from; other terms see all."""
+    """Which tokens the distillation terms learn from; other terms see all."""
 
     skip_first: int = 0  # tokens left out at the beginning of each completion
     first_only: int = 0  # tokens from the beginning that count, those left out included (prefix OPD); 0: all
@@ -168,6 +168,35 @@ class Signal:
     # (that, and the sampled token where it is outside: unbiased in expectation); biased, for study: none, sampled_tail_published
     tail: str = "renormalise"  # what becomes of the mass outside a top-k support
     beta: float = 0.5  # mixing weight of jsd, jsd_continuous and the skewed divergences; others ignore it
+    # BIASED (clipped entries have no gradient of their own); for support full, or a top-k with the tail renormalise or bucket; OPSD has
+    # forward_kl with 0.05
+    clip: float = 0.0  # nats at which each entry of the divergence's sum is cut off; 0: off
+
+
+@dataclasses.dataclass(frozen=True)
+class Gate:
+    """Weights of a distillation term's tokens, constants of the gradient; see opd_jax/numerics/gates.py.
+
+    The normaliser counts the tokens of the mask, whatever they weigh: small weights make the term small.
+    """
+
+    # none; teacher_entropy_above and teacher_entropy_below: 0 or 1; confidence: exp(-teacher's entropy); importance_decay: from 1 + gain
+    # down to 1 along a completion as its log-ratios are used up (IW-OPD)
+    kind: str = "none"
+    threshold: float = 0.8  # of the teacher's entropy, nats
+    gain: float = 0.5  # of importance_decay
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtraSignal(Signal):
+    """A second distillation term beside that of `signal`, of token credit, with the same masks, temperatures, normaliser and importance.
+
+    EOPD: weight 1, gate.kind teacher_entropy_above.
+    """
+
+    weight: float = 0.0  # 0: none
+    divergence: str = "forward_kl"  # this and all others as in signal
+    gate: Gate = Gate()  # of this term alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,6 +319,8 @@ class Config:
     context: Context = Context()
     rollout: Rollout = Rollout()
     signal: Signal = Signal()
+    gate: Gate = Gate()  # of the term of `signal`
+    extra_signal: ExtraSignal = ExtraSignal()
     extrapolation: Extrapolation = Extrapolation()
     reference: Reference = Reference()
     reward: Reward = Reward()

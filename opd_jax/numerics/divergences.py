@@ -20,6 +20,7 @@ def divergence(
     tokens_BT: jax.Array | None = None,
     student_temperature: float = 1.0,
     teacher_temperature: float = 1.0,
+    clip: float = 0.0,
 ) -> jax.Array:
     """Per-token divergence [B, T] in nats between the laws of a student (p) and a teacher (q), differentiable in the student's logits.
 
@@ -34,14 +35,14 @@ def divergence(
     Supports and tails as in `Signal`: "full" sums over the vocabulary; the top-k ones (topk_teacher, topk_student, topk_union, each also
     with "+token") need `k`, and `tail` says what becomes of the rest. `k` with another support is refused, as is a `tail` that is not the
     default. "sampled" and the sampled tails need `tokens_BT` drawn from p and promise the expected gradient only (of "sampled_tail" that
-    of "full"), their value is not a divergence; "+token" needs them too. Temperatures divide logits; no tau^2 factor.
+    of "full"), their value is not a divergence; "+token" needs them too. Temperatures divide logits; no tau^2 factor. `clip`
+    (nats, 0: off) cuts each entry of the sum off: biased, see `Signal`.
     Raises ValueError for unknown names, beta missing or outside [0, 1], k missing or below 1, shapes that differ, and tokens missing.
     """
     if kind not in entries.DIVERGENCES:
         raise ValueError(f"kind = {kind!r} is not known; valid: {', '.join(entries.DIVERGENCES)}")
-    signal = Signal(
-        kind, support, tail=tail, k=k, beta=beta, student_temperature=student_temperature, teacher_temperature=teacher_temperature
-    )
+    temperatures = {"student_temperature": student_temperature, "teacher_temperature": teacher_temperature}
+    signal = Signal(kind, support, tail=tail, k=k, beta=beta, clip=clip, **temperatures)
     if student_logits_BTV.ndim != 3 or student_logits_BTV.shape != teacher_logits_BTV.shape:
         raise ValueError(
             f"logits of student and teacher have shapes {student_logits_BTV.shape} and {teacher_logits_BTV.shape}, both must be [B, T, V]"

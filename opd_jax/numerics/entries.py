@@ -70,6 +70,23 @@ def linear(kind: str, beta: float | None) -> float:
     }[kind]
 
 
+def clipped(entry: Entry, clip: float) -> Entry:
+    """The entries of a whole law cut off at `clip`, in nats: constants beyond it, whose p df/dp is 0.
+
+    Of forward_kl the plain term q log(q/p) is cut, as published (Zhao et al., OPSD, arXiv 2601.18734); of the others f itself. The linear
+    part of forward_kl stays where its term is cut: over a law it sums to nothing, and without a cut no bit changes.
+    """
+    linear = 1.0 if entry is _forward_kl else 0.0
+
+    def cut(logp: jax.Array, logq: jax.Array) -> tuple[jax.Array, jax.Array]:
+        value, slope = entry(logp, logq)
+        p, q = jnp.exp(logp), jnp.exp(logq)
+        over = value - linear * (p - q) > clip
+        return jnp.where(over, clip + linear * (p - q), value), jnp.where(over, linear * p, slope)
+
+    return cut
+
+
 def _limit(kind: str, beta: float) -> Entry:
     """What the mixtures become at beta 0 and 1; the skewed divergences at 1 compare a law with itself."""
     if kind in ("jsd", "jsd_continuous"):

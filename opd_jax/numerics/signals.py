@@ -31,7 +31,12 @@ class Signal:
         sampled_tail_published  `none`, and 1[y outside] sg(log p/q(y)) log p(y), reverse_kl alone: off by the gradient of p(S)
 
     `beta` is used by the mixtures (jsd, jsd_continuous, skew_*), others ignore it; temperatures divide logits. `k` is given exactly with a
-    top-k; another tail than the default is for a top-k too. Losses that are not divergences take `full` alone. Raises ValueError.
+    top-k; another tail than the default is for a top-k too. `clip` (nats, 0: off) cuts each entry off, sum_v min(f, clip), those of
+    forward_kl without their linear part (entries.clipped); it is for supports that are laws: full, or a top-k with the tail renormalise or
+    bucket, whose rest is an entry too. BIASED: a clipped entry has no gradient of its own. Of forward_kl the softmax then pushes its token
+    down where the divergence pulls it up, until it has no mass: that costs no more than `clip`.
+
+    Losses that are not divergences take `full` alone. Raises ValueError.
     """
 
     kind: str
@@ -40,6 +45,7 @@ class Signal:
     tail: str = "renormalise"
     k: int | None = None
     beta: float | None = None
+    clip: float = 0.0
     student_temperature: float = 1.0
     teacher_temperature: float = 1.0
 
@@ -54,6 +60,7 @@ class Signal:
         if self.support != "full" and self.kind not in entries.DIVERGENCES:
             raise ValueError(f"signal.support = {self.support!r} is for divergences, not for signal.divergence = {self.kind!r}; use 'full'")
         self._check_topk()
+        self._check_clip()
         if entries.DIVERGENCES.get(self.kind):
             self._check_beta()
         for name in ("student_temperature", "teacher_temperature"):
@@ -73,6 +80,18 @@ class Signal:
         if self.tail == "sampled_tail_published" and self.kind != "reverse_kl":
             raise ValueError(
                 f"signal.tail = {self.tail!r} is for signal.divergence = 'reverse_kl', not for {self.kind!r}; use 'sampled_tail'"
+            )
+
+    def _check_clip(self):
+        if not 0 <= self.clip < float("inf"):
+            raise ValueError(f"signal.clip = {self.clip!r} must be 0 (off) or more, and finite")
+        if self.clip and self.kind not in entries.DIVERGENCES:
+            raise ValueError(f"signal.clip = {self.clip:g} is for divergences, not for signal.divergence = {self.kind!r}; use 0")
+        if self.clip and not (self.support == "full" or (self.is_topk and self.tail in ("renormalise", "bucket"))):
+            asked = f"signal.tail = {self.tail!r}" if self.is_topk else f"signal.support = {self.support!r}"
+            raise ValueError(
+                f"signal.clip = {self.clip:g} does not go with {asked}, whose entries are not those of a law; use 0, signal.support = "
+                "'full', or a top-k with signal.tail = 'renormalise' or 'bucket'"
             )
 
     def _check_beta(self):

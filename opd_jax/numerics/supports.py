@@ -51,6 +51,7 @@ def local(logp: jax.Array, logq: jax.Array | None, tokens_BT: jax.Array, signal:
     if signal.kind == "nll":
         return -pick(logp, tokens_BT), jnp.exp(logp) - jax.nn.one_hot(tokens_BT, logp.shape[-1], dtype=logp.dtype)
     entry = entries.entry(signal.kind, signal.beta)
+    entry = entries.clipped(entry, signal.clip) if signal.clip else entry
     if signal.support == "sampled":
         return _sampled(entry(logp, logq)[1], logp, tokens_BT, True)
     on = members(logp, logq, tokens_BT, signal)

@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from opd_jax.numerics import entries
 from opd_jax.numerics import heads as heads_lib
 from opd_jax.numerics.heads import DenseHead, Head
 from opd_jax.numerics.signals import Signal
@@ -13,7 +14,7 @@ from opd_jax.numerics.signals import Signal
 POOLS = ("logit", "prob")
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["heads", "weight_MBT"], meta_fields=["pool", "normalise"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["heads", "weight_MBT"], meta_fields=["pool", "normalise", "members"])
 @dataclasses.dataclass(frozen=True)
 class Target:
     """The pooled law of M heads, each first normalised at the teacher temperature. `weight_MBT` None: one head, as it is.
@@ -24,15 +25,20 @@ class Target:
     support `full` or `sampled`; it does change those of to-go credits and of top-k supports with the tail `generalised`.
 
     pool = "prob": q = sum_m w_m q_m, with w >= 0 that sum to 1 at each position; one-hot weights route a rollout to one teacher, exactly.
+
+    The first `members` heads (None: all) are teachers of their own, whose laws `disagreement` compares; a reference or the live student
+    comes after them.
     """
 
     heads: tuple[Head | DenseHead, ...]
     weight_MBT: jax.Array | None = None
     pool: str = "logit"
     normalise: bool = True
+    members: int | None = None
 
     def __post_init__(self):
         assert self.pool in POOLS and len(self.heads) >= 1
+        assert self.members is None or 1 <= self.members <= len(self.heads)
         assert self.weight_MBT is not None or len(self.heads) == 1, "several heads need weights"
 
     def window(self, start, size: int) -> "Target":
@@ -110,7 +116,7 @@ def log_law(target: AnyTarget, tokens_BT: jax.Array, vocab: int, signal: Signal)
         each_BT1 = (target.rest_BT - jnp.log(max(vocab - target.ids_BTK.shape[-1], 1)))[..., None]
         spread = jnp.broadcast_to(each_BT1, (*tokens_BT.shape, vocab))
         return jnp.put_along_axis(spread, target.ids_BTK, target.logp_BTK, axis=-1, inplace=False)
-    laws = [heads_lib.log_softmax(heads_lib.logits(head, signal.teacher_temperature)) for head in target.heads]
+    laws = _laws(target, signal)
     if target.weight_MBT is None:
         return laws[0]
     weights = [weight_BT[..., None] for weight_BT in target.weight_MBT]
@@ -121,3 +127,20 @@ def log_law(target: AnyTarget, tokens_BT: jax.Array, vocab: int, signal: Signal)
     pooled = sum(w * jnp.where(jnp.isneginf(law), 0, law) for w, law in zip(weights, laws, strict=True))
     pooled = jnp.where(out, -jnp.inf, pooled)
     return heads_lib.log_softmax(pooled) if target.normalise else pooled
+
+
+def _laws(target: Target, signal: Signal) -> list[jax.Array]:
+    return [heads_lib.log_softmax(heads_lib.logits(head, signal.teacher_temperature)) for head in target.heads]
+
+
+def disagreement(target: Target, signal: Signal) -> jax.Array:
+    """The generalised Jensen-Shannon divergence of the members' laws, (1/M) sum_m KL(q_m || mean of all) [B, t], from 0 to log M.
+
+    Uniform whatever the weights: a route shows how far the others are. Exactly 0 for equal laws.
+    """
+    laws = jnp.stack(_laws(target, signal)[: target.members])
+    most = jnp.max(laws, axis=0)
+    # Relative to the largest, and by expm1: the mean of equal laws is that law to the last bit.
+    below = jnp.expm1(laws - jnp.where(jnp.isneginf(most), 0, most)[None])
+    mean = most + jnp.log1p(jnp.mean(below, axis=0))
+    return jnp.mean(jnp.sum(entries.entry("reverse_kl", None)(laws, mean[None])[0], axis=-1), axis=0)

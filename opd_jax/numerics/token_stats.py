@@ -58,12 +58,13 @@ class Stats:
     gradient_square_BT: jax.Array | None = None  # |h|^2, h the gradient of local by the student's logits, those divided by the temperature
     full_gradient_square_BT: jax.Array | None = None  # |g|^2, g the same with support "full"
     gradient_dot_BT: jax.Array | None = None  # <h, g>
+    disagreement_BT: jax.Array | None = None  # of the target's members: Jensen-Shannon divergence with uniform weights; of one 0
 
 
 # Name of a statistic in `needs` -> its field.
 _FIELDS = {field.name.rsplit("_", 1)[0]: field.name for field in dataclasses.fields(Stats)}
 STATISTICS = tuple(_FIELDS)
-_OF_TARGET = {"target_logp", "extra_target_logp", "kl", "target_entropy", "target_mass", "overlap", "optimal_baseline"}
+_OF_TARGET = {"target_logp", "extra_target_logp", "kl", "target_entropy", "target_mass", "overlap", "optimal_baseline", "disagreement"}
 _OF_LOSS = {"local", "gradient_square", "full_gradient_square", "gradient_dot"}
 _OF_EXTRA = {"extra_logp", "extra_target_logp"}
 jax.tree_util.register_dataclass(Stats, data_fields=list(_FIELDS.values()), meta_fields=[])
@@ -124,6 +125,7 @@ def _tile_values(student, target, tokens, signal: Signal, wanted: tuple[str, ...
         "optimal_baseline": lambda: _optimal_baseline(logp, logq),
         "gradient_square": lambda: supports.gradient_products(logp, logq, tokens_BT, signal)[0],
         "full_gradient_square": lambda: supports.gradient_products(logp, logq, tokens_BT, signal)[1],
+        "disagreement": lambda: targets.disagreement(target, signal),
         "gradient_dot": lambda: supports.gradient_products(logp, logq, tokens_BT, signal)[2],
     }
     return [make[name]() for name in wanted]

@@ -41,6 +41,8 @@ def build(
     elif credit == "token":
         _refuse_without_advantages(signal, exact_future, baseline)
         built = Local(**about, signal=signal, **off_policy)
+    elif signal.clip:
+        raise ValueError(f"signal.clip = {signal.clip:g} is for estimator.credit = 'token', not for {credit!r}; use 0, or 'token'")
     elif signal.kind == "reverse_kl" and signal.support == "full" and credit in ("to_go", "discounted"):
         built = _local_to_go(about, signal, credited, baseline, exact_future)
     else:
@@ -104,6 +106,11 @@ def _claim(built: Estimator) -> dict:
     reasons = []
     if built.signal.is_topk and (built.signal.tail != "sampled_tail" or built.signal.adds_token):
         reasons.append(f"below the whole vocabulary, {built.signal.support} with tail {built.signal.tail} {_OF_A_TAIL[built.signal.tail]}")
+    if built.signal.clip:
+        reasons.append(
+            f"an entry above signal.clip {built.signal.clip:g} has no gradient of its own, so that the minimiser may put no mass on "
+            "a token of the teacher"
+        )
     takes_beta = entries.DIVERGENCES[built.signal.kind]
     beta = f" ({built.signal.beta:g})" if takes_beta else ""
     same = {name: signal for name, signal in TARGETS.items() if signal and signal.kind == built.signal.kind}
