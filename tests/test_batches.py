@@ -103,8 +103,9 @@ def test_tokens_are_left_out_by_position_and_kind():
         ({"first_only": 3, "skip_first": 1}, whole & (place_T >= 1) & (place_T < 3)),
         ({"special_tokens": "drop"}, whole & (place_T < np.array([len(text) for text in texts])[:, None])),
     ):
-        made, _, goal = make(texts, masking=config_lib.Masking(**masking))
-        np.testing.assert_array_equal(mask_of(made, goal), keep_BT)
+        made, _, goal = make(texts, masking=config_lib.Masking(**masking), extra_signal=config_lib.ExtraSignal(weight=1.0))
+        for name in ("distillation", "extra"):
+            np.testing.assert_array_equal(mask_of(made, goal, name), keep_BT)
 
 
 def test_rollouts_are_left_out_by_their_verdict():
