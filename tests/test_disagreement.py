@@ -45,9 +45,9 @@ def test_it_is_the_jensen_shannon_divergence_whatever_pool_and_weights(float64):
     np.testing.assert_allclose(found(several(logits, members=2)), by_numpy(logits[:2]), atol=1e-14)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("count", [1, 2, 7])
 def test_equal_laws_agree_exactly_and_disjoint_ones_differ_by_log_m(count):
-    law = 20 * np.random.default_rng(2).normal(size=(B, T, V)).astype(np.float32)
+    law = np.random.default_rng(2).normal(size=(B, T, V)).astype(np.float32) * np.array([[[1], [3], [20]]], np.float32)
     law[..., 2] = -np.inf
     assert not found(several(np.stack([law] * count))).any()
     apart = np.where(np.eye(V)[:count, None, None] > 0, 0.0, -np.inf) + np.zeros((count, B, T, V))
