@@ -87,13 +87,7 @@ def setup(
         raise UserError("--workdir='' is no folder; give the folder of the run")
     parsed = tasks.with_own(parsed, own_task)
     asked, workdir = parsed, pathlib.Path(workdir)
-    objective = objective_lib.from_config(parsed, has_teacher=config_lib.has_teacher(parsed))
-    workdir_lib.check(workdir, asked)
-    trackers.check(parsed.log)
-    mesh = parallel.make_mesh(parsed.mesh.data, parsed.mesh.fsdp, parsed.mesh.tensor)
-    task = tasks.from_config(parsed, own_task)
-    rewards.check(parsed, task)
-    privileged.check(parsed, task)
+    objective, mesh, task = _checked(parsed, workdir, own_task)
     _say_which_gradient(parsed, objective, progress)
     optimizer = learner.make_optimizer(parsed.learner, parsed.steps)
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=parsed.checkpoint.keep)
@@ -134,6 +128,18 @@ def setup(
         resumed=resumed,
         info=info,
     )
+
+
+def _checked(config: Config, workdir: pathlib.Path, own_task: tasks.Task | None) -> tuple[objective_lib.Objective, Mesh, tasks.Task]:
+    """What can be made without a model, having refused all that can be refused without one."""
+    objective = objective_lib.from_config(config, has_teacher=config_lib.has_teacher(config))
+    workdir_lib.check(workdir, config)
+    trackers.check(config.log)
+    mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    task = tasks.from_config(config, own_task)
+    rewards.check(config, task)
+    privileged.check(config, task)
+    return objective, mesh, task
 
 
 def _begin_writing(

@@ -70,8 +70,6 @@ class Bank:
 
     def advance(self, kept: dict, trained: dict, step: jax.Array) -> dict:
         """What is kept after update number `step` (from 1), which made `trained`."""
-        if self.keeps:  # fused with the optimizer a copy would be another rounding of what is trained
-            trained = jax.lax.optimization_barrier(trained)
         if self.update == "ema":
             return jax.tree.map(lambda old, new: ((1 - self.rate) * old + self.rate * new).astype(old.dtype), kept, trained)
         if self.update == "sync":

@@ -106,8 +106,9 @@ ENDS = {"eval/reverse_kl_low", "eval/forward_kl_high"}
 WATCHED = {"log.diagnostics": True}
 LOOKED_AT = {"diag/log_ratio_p50", "diag/topk_overlap", "diag/teacher_entropy"}
 OWN_DRAWS = {"diag/ess_token", "diag/ess_sequence"}
-PARTS = {f"train/loss_{name}" for name in ("distillation", "reward", "labels", "reference", "entropy")}
+PARTS = {f"train/loss_{name}" for name in ("distillation", "extra", "reward", "labels", "reference", "entropy")}
 EVERY_PART = {"reward.weight": 0.5, "rollout.group_size": 2, "loss.labels": 0.1, "regulariser.kl": 0.1, "regulariser.entropy": 0.01}
+EVERY_PART |= {"extra_signal.weight": 0.1}
 READ = {"context.privileged.reads": "feedback,solution", "context.privileged.layout": "compact"}
 # case -> (fields, names that are there, names that are not)
 CASES = {
@@ -136,7 +137,8 @@ CASES = {
         {"eval/accuracy", "diag/terminal_loops"},
         WITH_TEACHER | COMPARED | LOOKED_AT | OWN_DRAWS,
     ),
-    "parts": (EVERY_PART | READ, PARTS | COMPARED | {"context/present", "reward/equal_groups"}, set()),
+    "parts": (EVERY_PART | READ | {"rollout.batch_size": 16}, PARTS | COMPARED | {"context/present", "reward/equal_groups"}, set()),
+    "members": ({"teacher.path": "", "teacher.combine": "geometric"}, COMPARED | {"teacher/disagreement"}, PARTS),
     "unconditional": (
         {"task.name": "unconditional", "eval.prompts": 1},
         COMPARED | WITH_TEACHER,
@@ -162,7 +164,10 @@ def test_the_glossary_is_what_runs_emit(trained, tmp_path):
     for case, (fields, there, absent) in CASES.items():
         paths = (*[str(tmp_path / "bos")] * 2, {}) if case == "unconditional" else trained
         own = tagged(opd_config(paths)) if case == "tagged" else None
-        records = train.run(opd_config(paths, **fields), tmp_path / case, task=own)
+        c = opd_config(paths, **fields)
+        if case == "members":
+            c.teacher.members = {name: config_lib.member(path=trained[1]).to_dict() for name in "ab"}
+        records = train.run(c, tmp_path / case, task=own)
         names = {glossary.entry(name) for record in records for name in record}
         assert names <= set(GLOSSARY), case
         assert there <= names and not absent & names, case

@@ -125,7 +125,7 @@ SAMPLED = {"signal__support": "sampled"}
         ({"rollout__round": 0}, "rollout.round = 0 must be at least 1"),
         (
             {"rollout__source": "dagger", "teacher__path": ""},
-            "teacher.path = '' must name a model: rollout.source = 'dagger' needs a teacher",
+            "teacher.path = '' must name a model, because rollout.source = 'dagger' needs a teacher",
         ),
         (
             {"rollout__source": "mix"} | SAMPLED,

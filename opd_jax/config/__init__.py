@@ -17,6 +17,7 @@ from opd_jax.config.checks import FAMILIES, ConfigError, check_choice, validate
 from opd_jax.config.fields import (
     FREE_ON_RESUME,
     Architecture,
+    Blocks,
     Checkpoint,
     Config,
     Context,
@@ -127,7 +128,7 @@ def _build_named(cls: type, blocks: Any, prefix: str) -> dict[str, Any]:
     for name in blocks:
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
             raise ConfigError(f"config field {prefix}{name} is no name; use letters, digits and _")
-    return {name: _build(cls, fields, f"{prefix}{name}.") for name, fields in blocks.items()}
+    return Blocks({name: _build(cls, fields, f"{prefix}{name}.") for name, fields in blocks.items()})
 
 
 def _names(cls: type) -> list[str]:

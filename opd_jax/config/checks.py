@@ -147,7 +147,7 @@ def _check_teacher(config: Config) -> None:
         has_teacher(config) or source not in ("teacher", "dagger"),
         "teacher.path",
         "",
-        f"must name a model: rollout.source = {source!r} needs a teacher",
+        f"must name a model, because rollout.source = {source!r} needs a teacher",
     )
     members = ", ".join(config.teacher.members)
     _require(source != "dagger" or len(config.teacher.members) < 2, "rollout.source", source, f"mixes with one teacher, not with {members}")

@@ -39,6 +39,13 @@ class Student:
     init: Architecture = Architecture()  # shape of a model with random weights, when neither path nor recipe is set
 
 
+class Blocks(dict):
+    """Blocks by the names that the user gives; not changed once it is made."""
+
+    def __hash__(self):
+        return hash(tuple(self.items()))
+
+
 @dataclasses.dataclass(frozen=True)
 class Member:
     path: str = ""  # as teacher.path
@@ -49,11 +56,10 @@ class Member:
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    # Hugging Face folder or hub id, or a run directory; student_init: the student as it was before training, a self-teacher; empty: see
-    # `recipe`, then `members`; all empty: no teacher
-    path: str = ""
+    # student_init: the student as it was before training, a self-teacher
+    path: str = ""  # Hugging Face folder or hub id, or a run directory; empty: see `recipe`, then `members`; all empty: no teacher
     recipe: str = ""  # without a path: configs/FILE.py[:arg] of a run that makes the teacher on first use (kept under `cache_dir`)
-    members: dict[str, Member] = dataclasses.field(default_factory=dict)  # in place of path and recipe: several teachers by name
+    members: dict[str, Member] = dataclasses.field(default_factory=Blocks)  # in place of path and recipe: several teachers by name
     combine: str = "route"  # of several members: route (each rollout to one, by its example's tag), geometric or arithmetic mixture
     update: str = "frozen"  # of path=student_init: frozen, live (the student as it is), ema, sync or trust_region; see opd_jax/teachers.py
     rate: float = 0.05  # ema: share of the student that is taken in after an update; trust_region: share of the live student
@@ -180,9 +186,9 @@ class Gate:
     The normaliser counts the tokens of the mask, whatever they weigh: small weights make the term small.
     """
 
-    # none; teacher_entropy_above and teacher_entropy_below: 0 or 1; confidence: exp(-teacher's entropy); importance_decay: from 1 + gain
-    # down to 1 along a completion as its log-ratios are used up (IW-OPD)
-    kind: str = "none"
+    # teacher_entropy_above and teacher_entropy_below: 0 or 1; confidence: exp(-teacher's entropy); importance_decay: from 1 + gain down to
+    # 1 along a completion as its log-ratios are used up (IW-OPD)
+    kind: str = "none"  # none, teacher_entropy_above, teacher_entropy_below, confidence or importance_decay
     threshold: float = 0.8  # of the teacher's entropy, nats
     gain: float = 0.5  # of importance_decay
 

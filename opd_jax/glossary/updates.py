@@ -9,7 +9,8 @@ def described() -> dict[str, Description]:
         "train/loss": Description(
             "objective on this step's batch before the update (of sampled tokens, and credits beyond the token, only its gradient counts)",
             "(1/Z) sum_bt w_bt (D_bt - sg(A_bt) log pi(y_bt|c_bt)); D of signal.divergence, A of estimator.credit (either may be absent), "
-            "both at the temperatures of loss; w and Z of loss.normaliser (token_mean: w = m, Z = M)",
+            "both at the temperatures of loss; w of loss.normaliser and of gate, Z of loss.normaliser (token_mean: w = m, Z = M); with "
+            "several parts the sum of train/loss_NAME",
             "nats, scaled by the normaliser",
         ),
         "train/grad_norm": Description(
@@ -35,6 +36,20 @@ def described() -> dict[str, Description]:
             "(1/M) sum_bt m_bt (1/J) sum_j KL(q_j || (1/J) sum_i q_i)(c_bt); q_j the J members of teacher.members, without the reference",
             "nats/token",
         ),
+        **_rollouts(),
+        **_rewards(),
+        **_contexts(),
+        "time/step_seconds": Description(
+            "wall time of this step, without evaluations and checkpoints", "t(step finished on the device) - t(the one before)", "s"
+        ),
+        "time/total_seconds": Description("time spent in steps since the run began", "sum of time/step_seconds over steps 1 ... n", "s"),
+        **_costs(),
+    }
+
+
+def _rollouts() -> dict[str, Description]:
+    """Of the completions of a step."""
+    return {
         "rollout/on_policy": Description(
             "whether the student wrote this step's completions, otherwise the data set did (rollout.source = mix)",
             "1[u_n < rollout.student_fraction], u_n uniform, a function of seed and step",
@@ -56,13 +71,6 @@ def described() -> dict[str, Description]:
         ),
         "rollout/tokens_total": Description("completion tokens in the loss since the run began", "sum of M over steps 1 ... n", "tokens"),
         "rollout/tokens_per_second": Description("completion tokens of this step per second", "M / time/step_seconds", "tokens/s"),
-        **_rewards(),
-        **_contexts(),
-        "time/step_seconds": Description(
-            "wall time of this step, without evaluations and checkpoints", "t(step finished on the device) - t(the one before)", "s"
-        ),
-        "time/total_seconds": Description("time spent in steps since the run began", "sum of time/step_seconds over steps 1 ... n", "s"),
-        **_costs(),
     }
 
 
@@ -70,6 +78,7 @@ def _parts() -> dict[str, Description]:
     """Of a loss with several parts, of which each has its mask and its denominator."""
     what = {
         "distillation": "divergence from the teacher, or advantages from its log-ratios (signal, estimator)",
+        "extra": "a second divergence from the teacher (extra_signal)",
         "reward": "advantages of the verifier's rewards (reward.weight); only its gradient counts",
         "labels": "cross-entropy of the completions themselves (loss.labels)",
         "reference": "divergence from the reference (regulariser.kl)",

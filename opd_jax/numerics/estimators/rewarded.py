@@ -53,7 +53,7 @@ class Rewarded(Estimator):
 def build(*, clip_low: float, clip_high: float, student_temperature: float) -> Rewarded:
     """The estimator of the config block `reward`. Raises ValueError."""
     return Rewarded(
-        name="reward/clipped" if clip_high else "reward",
+        name="clipped_reward" if clip_high else "reward",
         claim="Unbiased for minus the gradient of the expected reward, on-policy, if the baseline does not include the own rollout",
         formula="A_t = the advantage of the completion",
         reference="Williams (1992); Schulman et al., PPO (2017), eq. 7",
