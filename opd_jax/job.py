@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from opd_jax import checkpoint, learner, machine, metrics, parallel, rewards, rollout, teachers, trackers
+from opd_jax import checkpoint, claim, learner, machine, metrics, parallel, rewards, rollout, teachers, trackers
 from opd_jax import config as config_lib
 from opd_jax import objective as objective_lib
 from opd_jax import workdir as workdir_lib
@@ -190,7 +190,7 @@ def _say_which_gradient(config: Config, objective: objective_lib.Objective, prog
     """The claim of the estimator; a warning where completions come from another law than the policy in the loss, of which claims speak."""
     corrected = config.rollout.source == "dagger" and config.estimator.importance != "none"
     if config_lib.own_draws(config) or corrected:
-        progress.phase(f"gradient: {objective_lib.claim(objective, config)}")
+        progress.phase(f"gradient: {claim.of_run(objective, config)}")
     asked, whole = config.rollout, config_lib.Rollout()
     law = {name: getattr(asked, name) for name in ("top_p", "top_k", "min_p") if getattr(asked, name) != getattr(whole, name)}
     if config.rollout.temperature != config.loss.student_temperature:

@@ -84,7 +84,7 @@ def from_config(config: Config, *, has_teacher: bool) -> Objective:
         block, settings = ("extra_signal", config.extra_signal) if needing.name == "extra" else ("signal", config.signal)
         asked = f"{block}.divergence = {settings.divergence!r}"
         if not needing.estimator.signal.needs_target:
-            asked = f"{_GATES[needing.name]}.kind = {needing.gate.kind!r}"
+            asked = f"{GATES[needing.name]}.kind = {needing.gate.kind!r}"
         raise ConfigError(f"config field teacher.path = '' must name a model, because {asked} needs a teacher")
     # Cross-entropy needs no teacher, and the metrics that compare with one speak of the student's own completions.
     scored = has_teacher and (bool(needing) or config.rollout.source in ("student", "mix"))
@@ -93,7 +93,7 @@ def from_config(config: Config, *, has_teacher: bool) -> Objective:
 
 
 # Part -> the config block of its gate.
-_GATES = {"distillation": "gate", "extra": "extra_signal.gate"}
+GATES = {"distillation": "gate", "extra": "extra_signal.gate"}
 
 
 def _parts(config: Config) -> tuple[Part, ...]:
@@ -186,34 +186,6 @@ def _estimator(config: Config) -> Estimator:
         )
     choices = {name: getattr(asked, name) for name in ("exact_future", "baseline", "importance", "clip")}
     return _from_numerics(lambda: estimators.build(signal, asked.credit, asked.gamma, **choices))
-
-
-def claim(objective: Objective, config: Config) -> str:
-    """Which gradient a run on the student's completions, or on others by ratios, follows; with what law, normaliser and gates spoil."""
-    law, asked, spoilt = config.rollout, config.estimator.importance, []
-    truncated = [f"{name}={value}" for name, value, whole in _truncations(law) if value != whole]
-    if truncated:
-        spoilt.append(f"rollout.{truncated[0]} draws nothing outside its tokens, which no ratio brings back")
-    elif law.temperature != config.loss.student_temperature and asked not in ("cumulative", "sequence"):
-        spoilt.append(f"completions are drawn at temperature {law.temperature:g}, corrected by estimator.importance={asked}")
-    if law.source == "dagger" and asked not in ("cumulative", "sequence"):
-        spoilt.append(f"completions are drawn from the mixture with the teacher, corrected by estimator.importance={asked}")
-    normaliser = objective.parts[0].normaliser
-    if normaliser in ("token_mean", "sequence_mean"):
-        spoilt.append(f"lengths weigh completions (loss.normaliser={normaliser})")
-    first, *others = objective.parts
-    beside = [f"; beside it extra_signal.weight={part.coefficient:g} of: {_said(part, spoilt)}" for part in others if part.name == "extra"]
-    return _said(first, spoilt) + "".join(beside)
-
-
-def _said(part: Part, spoilt: list[str]) -> str:
-    weighed = [f"{part.gate.words}, which is another objective ({_GATES[part.name]}.kind={part.gate.kind})"] if part.gate.words else []
-    spoilt = spoilt + weighed
-    return f"{part.estimator.claim}{', but for: ' if spoilt else ''}{'; '.join(spoilt)}"
-
-
-def _truncations(law) -> list[tuple]:
-    return [("top_p", law.top_p, 1.0), ("top_k", law.top_k, 0), ("min_p", law.min_p, 0.0)]
 
 
 @flax.struct.dataclass

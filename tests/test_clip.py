@@ -9,8 +9,8 @@ import pytest
 import torch
 from test_supports import FEW, KINDS, V, generalised_entry, logits, plain_entry, softmax, support_of, value_and_gradient
 
+from opd_jax import claim, objective
 from opd_jax import config as config_lib
-from opd_jax import objective
 from opd_jax.numerics import entries
 from opd_jax.numerics.divergences import divergence
 from opd_jax.numerics.signals import Signal
@@ -152,7 +152,7 @@ def test_the_claim_says_that_a_clipped_divergence_is_biased_and_why():
 
     goal, config = built(divergence="forward_kl", clip=CLIP)
     assert goal.estimator.signal.clip == CLIP and not goal.estimator.unbiased
-    assert objective.claim(goal, config) == (
+    assert claim.of_run(goal, config) == (
         "Biased for the token-level forward KL with prefixes held fixed: an entry above signal.clip 0.05 has no gradient of its own, so "
         "that the minimiser may put no mass on a token of the teacher"
     )

@@ -11,8 +11,8 @@ from models import context_of
 from test_bank import batch_of, case, config_of, goal_of, gradient, same
 from test_parts import one_teacher
 
+from opd_jax import claim, objective
 from opd_jax import config as config_lib
-from opd_jax import objective
 from opd_jax.config import ConfigError
 from opd_jax.numerics.estimators import build, loss_B
 from opd_jax.numerics.estimators.base import Context
@@ -177,19 +177,19 @@ def test_the_fields_of_the_second_signal_arrive():
     assert (part.estimator.importance, part.estimator.clip) == ("clip", 3.0)
 
 
-def claim(**blocks):
+def claim_of(**blocks):
     config = config_of(loss=config_lib.Loss(normaliser="sequence_sum"), **blocks)
-    return objective.claim(objective.from_config(config, has_teacher=True), config)
+    return claim.of_run(objective.from_config(config, has_teacher=True), config)
 
 
 def test_a_run_says_what_its_weights_do_to_the_claim():
     unbiased = "Unbiased for the token-level reverse KL with prefixes held fixed"
     assert claim() == unbiased
     for kind in WEIGHING:
-        said = claim(gate=config_lib.Gate(kind))
+        said = claim_of(gate=config_lib.Gate(kind))
         assert said == f"{unbiased}, but for: {Gate(kind).words}, which is another objective (gate.kind={kind})"
     extra = config_lib.ExtraSignal(weight=0.5, gate=config_lib.Gate("teacher_entropy_above"))
-    assert claim(extra_signal=extra) == (
+    assert claim_of(extra_signal=extra) == (
         f"{unbiased}; beside it extra_signal.weight=0.5 of: Unbiased for the token-level forward KL with prefixes held fixed, but for: "
         "tokens count where the teacher's entropy is above 0.8 nats, which is another objective "
         "(extra_signal.gate.kind=teacher_entropy_above)"

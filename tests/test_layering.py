@@ -30,7 +30,7 @@ model_io
 teachers
 pair
 objective
-learner
+claim learner
 batches
 metrics
 trackers

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
+from opd_jax import claim, objective
 from opd_jax import config as config_lib
-from opd_jax import objective
 from opd_jax.config import ConfigError
 from opd_jax.numerics.token_stats import Signal
 
@@ -52,7 +52,7 @@ def claim_of(rollout=None, estimator=None, **loss):
         estimator=config_lib.Estimator(**{"credit": "to_go", **(estimator or {})}),
         loss=config_lib.Loss(**{"normaliser": "sequence_sum", **loss}),
     )
-    return objective.claim(objective.from_config(config, has_teacher=True), config)
+    return claim.of_run(objective.from_config(config, has_teacher=True), config)
 
 
 def test_a_run_says_what_spoils_the_claim_of_its_estimator():

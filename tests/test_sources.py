@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from test_mixture import same
 
+from opd_jax import claim, cost, glossary, metrics, model_io, objective, parallel, rewards, rollout, train
 from opd_jax import config as config_lib
-from opd_jax import cost, glossary, metrics, model_io, objective, parallel, rewards, rollout, train
 from opd_jax.config import ConfigError
 from opd_jax.data import pipeline, tasks
 from opd_jax.data.tasks import Example
@@ -184,7 +184,7 @@ def test_the_claim_of_dagger_says_what_its_correction_leaves():
     told = {}
     for importance in ("token", "cumulative", "sequence"):
         config = parsed(rollout__source="dagger", estimator__importance=importance, loss__normaliser="sequence_sum", **SAMPLED)
-        told[importance] = objective.claim(objective.from_config(config, has_teacher=True), config)
+        told[importance] = claim.of_run(objective.from_config(config, has_teacher=True), config)
     assert told["cumulative"] == told["sequence"] == "Unbiased for the token-level reverse KL with prefixes held fixed"
     spoilt = ", but for: completions are drawn from the mixture with the teacher, corrected by estimator.importance=token"
     assert told["token"] == told["cumulative"] + spoilt

@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from opd_jax.config.arguments import parse_arg
+from opd_jax.config.arguments import parse_arg, split_arg
 from opd_jax.config.checks import FAMILIES, ConfigError, check_choice, validate
 from opd_jax.config.fields import (
     FREE_ON_RESUME,

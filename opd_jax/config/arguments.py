@@ -33,6 +33,14 @@ def parse_arg(arg: str | None, **declared):
     return ConfigDict(result)
 
 
+def split_arg(arg: str | None, **declared) -> tuple[ConfigDict, str]:
+    """(parse_arg() of the parts that are declared, the other parts), for a config file that builds on another: it takes the rest."""
+    names = {*declared, *(choice for value in declared.values() if isinstance(value, tuple) for choice in value)}
+    parts = [part for part in (arg or "").split(",") if part]
+    own = [part for part in parts if part.partition("=")[0] in names]
+    return parse_arg(",".join(own), **declared), ",".join(part for part in parts if part not in own)
+
+
 def _parse_value(name: str, text: str, default: Any):
     if isinstance(default, tuple):
         check_choice(f"argument {name}", text, default)

@@ -1,0 +1,94 @@
+"""configs/methods: each parses, says which gradient it follows, sets axes alone, and runs in its tiny form."""
+
+import ast
+import pathlib
+
+import numpy as np
+import pytest
+
+from opd_jax import claim, objective, train
+from opd_jax import config as config_lib
+from opd_jax.config.loading import load_config
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+METHODS = sorted((ROOT / "configs" / "methods").glob("*.py"))
+VARIANTS = {
+    "grpo": ("dr_grpo", "rloo", "dapo", "kl=0.1"),
+    "gkd": ("forward_kl", "on_policy=1.0"),
+    "ex_opd": ("full", "scale=1.5"),
+    "supervised_kd": ("hard=0.0,tau=1.0",),
+    "thinking_machines": ("discount=0.5",),
+    "kl_prefix_2x2": ("teacher,forward_kl",),
+    "seq_kd": ("greedy",),
+    "lsm": ("keep", "k=4"),
+}
+CASES = [(path, arg) for path in METHODS for arg in ("", *VARIANTS.get(path.stem, ()))]
+
+
+def parsed(path, arg=""):
+    return config_lib.parse(load_config(f"{path}:{arg}"))
+
+
+def claim_of(path, arg=""):
+    config = parsed(path, arg)
+    return claim.of_run(objective.from_config(config, has_teacher=config_lib.has_teacher(config)), config)
+
+
+@pytest.mark.parametrize("path, arg", CASES, ids=str)
+def test_a_method_parses_with_every_field_and_says_its_gradient(path, arg):
+    config = load_config(f"{path}:{arg}")
+    assert set(config_lib.flatten(config.to_dict())) == set(config_lib.flatten(config_lib.Config()))
+    assert claim_of(path, arg)
+
+
+@pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
+def test_a_method_is_described_and_passes_arguments_on(path):
+    text = ast.get_docstring(ast.parse(path.read_text()))
+    assert f"--config=configs/methods/{path.name} " in text and "\nAxes: " in text
+    config = parsed(path, "prompts=7,seed=3,tiny")
+    assert (config.task.train_size, config.seed, config.task.level) == (7, 3, 4)
+    with pytest.raises(config_lib.ConfigError, match="config argument 'tinny' is not known"):
+        load_config(f"{path}:tinny")
+
+
+def test_arguments_are_split_between_a_file_and_the_one_that_it_builds_on():
+    own, rest = config_lib.split_arg("tau=3.0,tiny,rloo,seed=2", tau=1.0, variant=("grpo", "rloo"))
+    assert own.to_dict() == {"tau": 3.0, "variant": "rloo"} and rest == "tiny,seed=2"
+    assert config_lib.split_arg(None, tau=1.0)[1] == ""
+
+
+@pytest.mark.parametrize(
+    "name, arg, words",
+    [
+        ("thinking_machines", "", "Unbiased for the token-level reverse KL with prefixes held fixed"),
+        ("ex_opd", "", "its teacher is q^1.25 r^-0.25, r the reference (extrapolation.scale=1.25)"),
+        ("prefix_opd", "", "masking.first_only=6 leaves tokens out, which is another objective"),
+        ("grpo", "", "prompts weigh by the inverse of their rewards' deviation, which includes the own rollout (reward.advantage=grpo)"),
+        ("grpo", "dr_grpo", "the gradient is 1 - 1/n of it (reward.advantage=centred)"),
+        ("grpo", "dapo", "rollouts are left out by what they turned out to be (reward.filter_groups)"),
+        ("grpo", "kl=0.1", "; beside it regulariser.kl=0.1 of: reverse KL to the reference, token by token"),
+        ("supervised_kd", "", "; beside it loss.labels=0.5 of: the cross-entropy of the completions"),
+        ("minillm", "", "drawn from the mixture with the teacher, corrected by estimator.importance=token"),
+    ],
+)
+def test_what_spoils_a_claim_is_said(name, arg, words):
+    assert words in claim_of(ROOT / "configs" / "methods" / f"{name}.py", arg)
+
+
+def test_the_soft_term_of_hinton_keeps_its_gradient():
+    """tau^2 in its weight; with hard labels alone there is no soft term."""
+    config = parsed(ROOT / "configs" / "methods" / "supervised_kd.py", "tau=3.0,hard=0.25")
+    assert (config.signal.weight, config.loss.labels) == (0.75 * 9, 0.25)
+    only = parsed(ROOT / "configs" / "methods" / "supervised_kd.py", "hard=1.0")
+    assert [part.name for part in objective.from_config(only, has_teacher=True).parts] == ["labels"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
+def test_a_method_runs_in_its_tiny_form(path, tmp_path, monkeypatch, tmp_path_factory):
+    monkeypatch.chdir(ROOT)
+    c = load_config(f"{path}:tiny")
+    c.cache_dir, c.steps = str(tmp_path_factory.getbasetemp() / "models"), 2
+    records = list(train.run(c, tmp_path / "run"))
+    assert [record["step"] for record in records] == [0, 1, 2]
+    assert all(np.isfinite(record["train/loss"]) for record in records[1:]) and "eval/accuracy" in records[-1]
