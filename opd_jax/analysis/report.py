@@ -12,7 +12,7 @@ import jinja2
 import markupsafe
 
 from opd_jax import metrics
-from opd_jax.analysis import plots, summary, token_view
+from opd_jax.analysis import pages, plots, study_report, summary, token_view
 from opd_jax.analysis.runs import POINTS, Group, Run, group_by_seed, read_runs, series
 from opd_jax.types import UserError, one_line
 
@@ -59,8 +59,11 @@ def _quoted(text: str) -> str:
 
 
 def write(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike) -> None:
-    """Writes the HTML file, whole or not at all. Raises UserError for a folder that is no run and a file that cannot be written."""
-    page = render(read_runs(workdirs))
+    """Writes the HTML file, whole or not at all. Raises UserError for a folder that is no run and a file that cannot be written.
+
+    A gradient study in a run's folder gradient_study/ has a section of its own.
+    """
+    page = render(read_runs(workdirs), [study for workdir in workdirs for study in study_report.of_run(workdir)])
     out = pathlib.Path(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -71,10 +74,10 @@ def write(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike) -> None
         raise UserError(f"report {out}: cannot be written ({error.strerror}); give a file in a folder that can be written") from None
 
 
-def render(runs: Sequence[Run]) -> str:
+def render(runs: Sequence[Run], studies: Sequence[study_report.Section] = ()) -> str:
     """The page. Every string in it is escaped and made visible, but for what this package wrote: figures, style, script and its data."""
     groups = group_by_seed(runs)
-    environment = make_environment()
+    environment = pages.make_environment()
     style, script = (_source(environment, name) for name in ("report.css", "report.js"))
     between, changed, same = summary.config_tables(runs)
     return environment.get_template("report.html.jinja").render(
@@ -86,6 +89,7 @@ def render(runs: Sequence[Run]) -> str:
         caption=summary.caption(groups),
         figures=_figures(groups, CURVES),
         diagnostics=_figures(groups, DIAGNOSTICS),
+        studies=studies,
         thinned=max((len(run.records) for run in runs), default=0) > POINTS,
         points=POINTS,
         between=between,
@@ -100,16 +104,6 @@ def render(runs: Sequence[Run]) -> str:
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
-
-
-def make_environment() -> jinja2.Environment:
-    """Templates of this package: everything escaped, what does not print made visible, a missing name an error."""
-    loader = jinja2.PackageLoader("opd_jax.analysis", ".")
-    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, finalize=_visible)
-
-
-def _visible(value: Any) -> Any:
-    return token_view.visible(value) if type(value) is str else value
 
 
 def _source(environment: jinja2.Environment, name: str) -> markupsafe.Markup:

@@ -16,7 +16,7 @@ import markupsafe
 
 from opd_jax import config as config_lib
 from opd_jax import files
-from opd_jax.analysis import plots, plots_study, report
+from opd_jax.analysis import pages, plots, plots_study
 from opd_jax.analysis.study_tables import Result, Row
 from opd_jax.types import UserError
 
@@ -53,6 +53,7 @@ KEYS = {
     "share_by_parameters": "the same by parameter group",
 }
 FOLDER, ABOUT = "figures", "gradient_study_about.json"
+IN_A_RUN = "gradient_study"  # folder of a study that its run's report shows
 # Fields that no number of a study is a function of.
 FREE = ("eval.", "log.", "checkpoint.", "cache_dir")
 
@@ -139,6 +140,37 @@ def _csv(rows: Sequence[Row]) -> str:
         writer.writeheader()
         writer.writerows(rows)
     return text.getvalue()
+
+
+# ---- in the report of a run
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """What the report of a run shows of a study of it."""
+
+    name: str
+    bootstraps: list[str]
+    table: list[list[str]]
+    figures: list[markupsafe.Markup]
+
+
+def of_run(workdir: str | os.PathLike) -> list[Section]:
+    """The study in the folder gradient_study/ of a run, if there is one. Raises UserError for a file that is none."""
+    path = pathlib.Path(workdir) / IN_A_RUN / "gradient_study.json"
+    if not path.is_file():
+        return []
+    remedy = "make the study again, or move its folder away"
+    try:
+        files.check_regular(path, where=str(path), remedy=remedy, limit=files.MAX_JSON_BYTES)
+        rows = files.parse_json(path.read_bytes())
+        drawn = {name: plots_study.svg(figure) for name, figure in plots_study.figures(rows).items()}
+        svgs = [markupsafe.Markup(plots.for_a_page(text, name)) for name, text in drawn.items()]
+        return [Section(os.path.basename(os.path.abspath(workdir)), bootstraps(rows), table(rows), svgs)]
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise UserError(f"{path}: is damaged ({files.reason(error)}); {remedy}") from None
 
 
 # ---- for people
@@ -230,7 +262,7 @@ def _code(text: str) -> markupsafe.Markup:
 
 def render(result: Result, figures: dict[str, str], settings: dict[str, Any]) -> str:
     """The page. `figures`: SVG by name."""
-    environment = report.make_environment()
+    environment = pages.make_environment()
     style = markupsafe.Markup(environment.loader.get_source(environment, "report.css")[0])
     defaults = config_lib.flatten(config_lib.Config())
     return environment.get_template("study.html.jinja").render(
