@@ -1,7 +1,6 @@
 """Completions -> the batch of an update: verdicts, what the teachers read, and which tokens and advantages each part of the loss has."""
 
 import dataclasses
-from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,6 @@ from jax.sharding import Mesh
 
 from opd_jax import config as config_lib
 from opd_jax import learner, parallel, rewards, teachers
-from opd_jax.config import ConfigError
 from opd_jax.data import pipeline
 from opd_jax.data.tasks import Example, Task
 from opd_jax.data.teacher_prompts import Informed, TeacherPrompts
@@ -80,7 +78,7 @@ class BatchMaker:
         found = {}
         distilled = self._distilled(completions, judged, informed)
         if distilled is not None:
-            found["distillation"] = found["extra"] = dataclasses.replace(own, mask_BT=own.mask_BT & distilled)
+            found["distillation"] = found["extra"] = dataclasses.replace(own, mask_BT=own.mask_BT & distilled, drawn_BT=own.mask_BT)
         if self._config.reward.weight:
             found["reward"] = self._rewarded(own, completions, judged)
         return found
@@ -113,24 +111,16 @@ class BatchMaker:
         if settings.only == "solved":
             keep_B = keep_B & (judged.reward_B >= 1)
         advantage_BT = jnp.broadcast_to(jnp.asarray(advantage_B, jnp.float32)[:, None], own.mask_BT.shape)
-        return dataclasses.replace(own, mask_BT=own.mask_BT & jnp.asarray(keep_B)[:, None], advantage_BT=advantage_BT)
+        mask_BT = own.mask_BT & jnp.asarray(keep_B)[:, None]
+        return dataclasses.replace(own, mask_BT=mask_BT, drawn_BT=own.mask_BT, advantage_BT=advantage_BT)
 
     def _routes(self, examples: list[Example]) -> jax.Array | None:
         """Number of the member of each rollout; None where there is nothing to route."""
         if not self._routes_rows:
             return None
-        self.check(examples)
+        teachers.check_tags(self._config, examples)
         return jnp.repeat(jnp.array([self._route[example.tag] for example in examples], jnp.int32), self._config.rollout.group_size)
 
     @property
     def _routes_rows(self) -> bool:
         return len(self._route) > 1 and self._config.teacher.combine == "route"
-
-    def check(self, examples: Iterable[Example]) -> None:
-        """Refuses an example for which there is no teacher. Raises ConfigError."""
-        for example in examples if self._routes_rows else ():
-            if example.tag not in self._route:
-                raise ConfigError(
-                    f"config field teacher.members: no member has the tag {example.tag!r} of the example {example.prompt[:40]!r}; "
-                    f"there are {', '.join(self._route)}; name a member, or its tag, after each"
-                )

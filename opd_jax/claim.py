@@ -28,7 +28,7 @@ def _said(part: Part, config: Config) -> str:
 
 
 def _by_law(part: Part, config: Config) -> list[str]:
-    law, asked = config.rollout, config.estimator.importance
+    law, asked = config.rollout, config.estimator.importance if part.name != "reward" else "none"  # it has no such correction
     truncated = [f"{name}={value}" for name, value, whole in _truncations(law) if value != whole]
     if truncated:
         spoilt = [f"rollout.{truncated[0]} draws nothing outside its tokens, which no ratio brings back"]
@@ -80,6 +80,8 @@ def _by_gate(part: Part) -> list[str]:
 
 def _by_rewards(config: Config) -> list[str]:
     settings, spoilt = config.reward, []
+    if settings.clip_high:
+        spoilt.append("tokens that have moved far from the law that wrote them have no gradient (reward.clip_low, clip_high)")
     if settings.advantage == "grpo":
         spoilt.append("prompts weigh by the inverse of their rewards' deviation, which includes the own rollout (reward.advantage=grpo)")
     elif settings.advantage == "centred":

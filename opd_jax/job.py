@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import logging
 import os
 import pathlib
@@ -99,7 +100,6 @@ def setup(
     bank, frozen = _make_bank(parsed, pair)
     pipeline = _make_pipeline(parsed, task, pair)
     maker = _make_batch_maker(parsed, objective, task, pair, mesh)
-    maker.check(task.examples("train") if len(task.examples("train")) <= CHECKED_AT_ONCE else pipeline.batch(0).examples)
     evaluate = make_evaluator(parsed, mesh, task, pair)
     state, step, info = _begin_or_resume(parsed, checkpoints, pair, bank, task, optimizer, mesh)
     student = student if student.lora else dataclasses.replace(student, params={})
@@ -139,6 +139,7 @@ def _checked(config: Config, workdir: pathlib.Path, own_task: tasks.Task | None)
     task = tasks.from_config(config, own_task)
     rewards.check(config, task)
     privileged.check(config, task)
+    teachers.check_tags(config, itertools.islice(task.examples("train"), 1000))  # batches check the others
     return objective, mesh, task
 
 

@@ -99,6 +99,7 @@ GATES = {"distillation": "gate", "extra": "extra_signal.gate"}
 def _parts(config: Config) -> tuple[Part, ...]:
     loss, reward, regulariser = config.loss, config.reward, config.regulariser
     warm = {"student_temperature": loss.student_temperature}
+    both = warm | {"teacher_temperature": loss.student_temperature}  # the reference is compared as the student is
     parts = _distillation(config)
     if reward.weight:
         built = _from_numerics(lambda: estimators.rewarded.build(clip_low=reward.clip_low, clip_high=reward.clip_high, **warm))
@@ -106,7 +107,7 @@ def _parts(config: Config) -> tuple[Part, ...]:
     if loss.labels:
         parts.append(Part("labels", _from_numerics(lambda: estimators.build(Signal("nll"), "token", 1.0)), loss.labels, loss.normaliser))
     if regulariser.kl:
-        built = _from_numerics(lambda: estimators.build(Signal(regulariser.divergence, **warm), "token", 1.0))
+        built = _from_numerics(lambda: estimators.build(Signal(regulariser.divergence, **both), "token", 1.0))
         parts.append(Part("reference", built, regulariser.kl, loss.normaliser, "reference"))
     if regulariser.entropy:
         built = _from_numerics(lambda: estimators.build(Signal("negative_entropy", **warm), "token", 1.0))
@@ -119,8 +120,9 @@ def _parts(config: Config) -> tuple[Part, ...]:
 def _distillation(config: Config) -> list[Part]:
     """The terms of `signal` and `extra_signal`, those that have a weight."""
     extra, normaliser, parts = config.extra_signal, config.loss.normaliser, []
+    built = _estimator(config)  # refuses what it must also where it has no weight: extra_signal shares its choices
     if config.signal.weight:
-        parts.append(Part("distillation", _estimator(config), config.signal.weight, normaliser, gate=_gate("gate", config.gate)))
+        parts.append(Part("distillation", built, config.signal.weight, normaliser, gate=_gate("gate", config.gate)))
     elif config.gate.kind != "none":
         raise ConfigError(f"config field gate.kind = {config.gate.kind!r} weighs the term that signal.weight = 0 leaves out; use 'none'")
     if extra.weight:
@@ -232,7 +234,8 @@ def _statistics(objective: Objective, student: Head, targets: Targets, tokens_BT
     for part in objective.parts:
         passes.setdefault(_pass_of(objective, part), set()).update(part.needs)
     first = _pass_of(objective, objective.parts[0])
-    exact = (first[0].student_temperature, first[0].teacher_temperature) == (1.0, 1.0)
+    # What the metrics show is at temperature 1, and against the teacher.
+    exact = (first[0].student_temperature, first[0].teacher_temperature) == (1.0, 1.0) and first[1] == "teacher"
     if exact:
         passes[first] |= objective.shown
     made = {

@@ -76,7 +76,7 @@ def _open_other(config: Config, path: str, student: LoadedModel, mesh: Mesh, res
         return model_io.open_model(path, mesh=mesh, dtype=dtype)
     if resumed_from is not None:  # what the checkpoint holds has been trained
         path = config.student.path
-        again = model_io.open_model(path, mesh=mesh, dtype=dtype) if path else _random_student(config, mesh)
+        again = model_io.open_model(path, mesh=mesh, dtype=jnp.float32) if path else _random_student(config, mesh)
         return dataclasses.replace(student, params=jax.tree.map(lambda x: x.astype(dtype), again.params))
     return dataclasses.replace(student, params=jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), student.params))
 

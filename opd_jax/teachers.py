@@ -1,6 +1,7 @@
 """The teacher bank: whose laws the student is compared with, which parameters they have, and how they become one target."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import flax.struct
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 
 from opd_jax.config import Config, ConfigError, Member, check_choice
 from opd_jax.data import tokenizer as tokenizer_lib
+from opd_jax.data.tasks import Example
 from opd_jax.model_io import LoadedModel
 from opd_jax.models import forward
 from opd_jax.models.config import ModelConfig
@@ -144,6 +146,19 @@ def tags(config: Config) -> tuple[str, ...]:
     return tuple(member.tag or name for name, member in asked(config).items())
 
 
+def check_tags(config: Config, examples: Iterable[Example]) -> None:
+    """Refuses an example for which there is no teacher. Raises ConfigError."""
+    known = tags(config)
+    if len(known) < 2 or config.teacher.combine != "route":
+        return
+    for example in examples:
+        if example.tag not in known:
+            raise ConfigError(
+                f"config field teacher.members: no member has the tag {example.tag!r} of the example {example.prompt[:40]!r}; "
+                f"there are {', '.join(known)}; name a member, or its tag, after each"
+            )
+
+
 def check(config: Config) -> None:
     """Refuses what the bank cannot do. Raises ConfigError."""
     settings, members = config.teacher, config.teacher.members
@@ -151,6 +166,10 @@ def check(config: Config) -> None:
     check_choice("teacher.update", settings.update, UPDATES)
     if members and (settings.path or settings.recipe):
         raise ConfigError(f"config field teacher.path = {settings.path or settings.recipe!r} and teacher.members are two answers; give one")
+    if REFERENCE in members:
+        raise ConfigError(f"config field teacher.members.{REFERENCE}: {REFERENCE!r} is the name of another model; choose another name")
+    if settings.combine == "route" and len(set(tags(config))) < len(members):
+        raise ConfigError(f"config field teacher.members: two members have one tag ({', '.join(tags(config))}); give each its own")
     for name, member in members.items():
         if not (member.path or member.recipe):
             raise ConfigError(f"config field teacher.members.{name}.path = '' must name a model")
@@ -166,6 +185,24 @@ def check(config: Config) -> None:
             f"config field extrapolation.scale = {config.extrapolation.scale:g} needs one law per rollout or a geometric mixture, not "
             "teacher.combine = 'arithmetic'; use 'route' or 'geometric'"
         )
+    _check_unnormalised(config)
+
+
+def _check_unnormalised(config: Config) -> None:
+    """Log-ratios that are off by log Z of their prefix: the gradient of token credit does not see it, everything else does."""
+    signal, estimator = config.signal, config.estimator
+    if config.extrapolation.scale == 1 or config.extrapolation.normalise:
+        return
+    wanted = {
+        "signal.divergence = 'reverse_kl'": signal.divergence == "reverse_kl",
+        "signal.support = 'full' or 'sampled'": signal.support in ("full", "sampled"),
+        "estimator.credit = 'token'": estimator.credit == "token",
+        "gate.kind = 'none' or 'importance_decay'": config.gate.kind in ("none", "importance_decay"),
+        "extra_signal.weight = 0": config.extra_signal.weight == 0,
+    }
+    missing = [words for words, fits in wanted.items() if not fits]
+    if missing:
+        raise ConfigError(f"config field extrapolation.normalise = False needs {missing[0]}; use that, or extrapolation.normalise = True")
 
 
 def single(model: AnyModel) -> Bank:

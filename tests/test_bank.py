@@ -205,6 +205,19 @@ def test_extrapolation_beyond_each_rows_law(combine, route):
         ({"teacher": config_lib.Teacher(path="x", update="ema")}, "teacher.update = 'ema' is for a self-teacher"),
         ({"teacher": config_lib.Teacher(path="x", update="emma")}, "did you mean ema?"),
         ({"teacher": config_lib.Teacher(path="x", members={"a": config_lib.Member(path="y")})}, "two answers; give one"),
+        ({"teacher": config_lib.Teacher(members={"reference": config_lib.Member(path="y")})}, "is the name of another model"),
+        (
+            {"teacher": config_lib.Teacher(members={"a": config_lib.Member(path="y", tag="b"), "b": config_lib.Member(path="z")})},
+            "two members have one tag (b, b)",
+        ),
+        (
+            {
+                "teacher": config_lib.Teacher(path="x"),
+                "extrapolation": config_lib.Extrapolation(scale=1.5, normalise=False),
+                "signal": config_lib.Signal("forward_kl"),
+            },
+            "extrapolation.normalise = False needs signal.divergence = 'reverse_kl'",
+        ),
         ({"teacher": config_lib.Teacher(members={"a": config_lib.Member()})}, "teacher.members.a.path = '' must name a model"),
         ({"teacher": config_lib.Teacher(members={"a": config_lib.Member(path="y", weight=0.0)})}, "weight = 0.0 must be above 0"),
         (

@@ -61,6 +61,17 @@ def test_defaults_round_trip():
             {"teacher__path": "", "rollout__source": "teacher"},
             "config field teacher.path = '' must name a model, because rollout.source = 'teacher' needs a teacher",
         ),
+        ({"reward__weight": 1.0, "rollout__top_k": 1}, "config field rollout.temperature = 1.0 is greedy, but reward.weight = 1 needs draws"),
+        ({"masking__skip_first": 5, "masking__first_only": 3}, "config field masking.skip_first = 5 must be below 3, or no token is left"),
+        ({"masking__skip_first": 64}, "config field masking.skip_first = 64 must be below 64, or no token is left to learn from"),
+        (
+            {"teacher__path": "", "signal__divergence": "nll", "context__privileged__reads": "solution"},
+            "config field context.privileged.reads = 'solution' needs a teacher to read it",
+        ),
+        (
+            {"rollout__source": "teacher", "context__privileged__reads": "solution"},
+            "config field context.privileged.reads = 'solution' is read where a teacher scores; rollout.source = 'teacher' lets it write",
+        ),
         ({"rollout__temperature": 1e-39}, "config field rollout.temperature = 1e-39 must be 0 (greedy) or at least 0.0001"),
         (
             {"signal__support": "sampled", "rollout__temperature": 0.0},

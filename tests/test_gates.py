@@ -184,7 +184,7 @@ def claim_of(**blocks):
 
 def test_a_run_says_what_its_weights_do_to_the_claim():
     unbiased = "Unbiased for the token-level reverse KL with prefixes held fixed"
-    assert claim() == unbiased
+    assert claim_of() == unbiased
     for kind in WEIGHING:
         said = claim_of(gate=config_lib.Gate(kind))
         assert said == f"{unbiased}, but for: {Gate(kind).words}, which is another objective (gate.kind={kind})"

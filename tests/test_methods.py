@@ -68,6 +68,7 @@ def test_arguments_are_split_between_a_file_and_the_one_that_it_builds_on():
         ("grpo", "dapo", "rollouts are left out by what they turned out to be (reward.filter_groups)"),
         ("grpo", "kl=0.1", "; beside it regulariser.kl=0.1 of: reverse KL to the reference, token by token"),
         ("supervised_kd", "", "; beside it loss.labels=0.5 of: the cross-entropy of the completions"),
+        ("grpo", "rloo", "tokens that have moved far from the law that wrote them have no gradient (reward.clip_low, clip_high)"),
         ("minillm", "", "drawn from the mixture with the teacher, corrected by estimator.importance=token"),
     ],
 )

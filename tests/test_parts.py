@@ -12,9 +12,10 @@ from test_bank import batch_of, case, config_of, goal_of, gradient, same
 
 from opd_jax import config as config_lib
 from opd_jax import objective, teachers
+from opd_jax.numerics import estimators
 from opd_jax.numerics.estimators import Context, loss_B
 from opd_jax.numerics.estimators.rewarded import build
-from opd_jax.numerics.token_stats import DenseHead, token_stats
+from opd_jax.numerics.token_stats import DenseHead, Signal, Target, token_stats
 from opd_jax.types import UserError
 
 REWARD = config_lib.Reward(weight=0.5)
@@ -93,6 +94,34 @@ def test_the_reference_has_a_divergence_of_its_own():
     # The reference reads what the student reads, the teacher here too.
     found = gradient(goal, bank, {"teacher": other, "reference": other}, batch_of(goal))
     assert same(found[2], jax.tree.map(lambda x: 0.2 * x, plain[2]), 1e-6)
+
+
+def test_at_another_temperature_the_reference_is_compared_as_the_student_is():
+    (params, config), (_, (other, other_config)), *_ = case()
+    warm = config_lib.Loss(student_temperature=2.0, teacher_temperature=2.0)
+    goal = goal_of(signal=config_lib.Signal(weight=0.0), regulariser=config_lib.Regulariser(kl=0.2), loss=warm)
+    bank = dataclasses.replace(teachers.single(other_config), reference=config)
+    loss, sums, grads = gradient(goal, bank, {"teacher": other, "reference": params}, batch_of(goal))
+    assert abs(float(loss)) < 1e-6 and same(grads, jax.tree.map(jnp.zeros_like, grads), 1e-6)
+    # The metrics speak of the teacher, whichever part comes first.
+    plain = gradient(goal_of(), *one_bank(other_config, other), batch_of(goal_of()))[1]
+    assert float(sums["kl"]) == pytest.approx(float(plain["kl"]), rel=1e-5) and float(sums["kl"]) > 1
+
+
+def test_ratios_are_of_every_token_that_was_drawn(float64):
+    """A token that is not learnt from is part of the prefix of those that are."""
+    rng = np.random.default_rng(4)
+    logits, tokens = rng.normal(size=(2, 5, 3)), rng.integers(0, 3, (2, 5))
+    drawn, behaviour = jnp.ones((2, 5), bool), jnp.asarray(rng.normal(size=(2, 5)) - 1)
+    built = estimators.build(Signal("reverse_kl"), "token", 1.0, importance="cumulative")
+    target = Target((DenseHead(jnp.asarray(rng.normal(size=(2, 5, 3)))),))
+    stats = token_stats(DenseHead(jnp.asarray(logits)), target, jnp.asarray(tokens), signal=built.signal, needs={"logp", "local"})
+    learnt = drawn & (jnp.arange(5) >= 3)
+    of = lambda context: built.terms(stats, context).w_local_BT
+    whole = of(Context(drawn, behaviour_logp_BT=behaviour))
+    found = of(Context(learnt, behaviour_logp_BT=behaviour, drawn_BT=drawn))
+    np.testing.assert_array_equal(found, whole)
+    assert not np.allclose(of(Context(learnt, behaviour_logp_BT=behaviour)), whole)
 
 
 def one_bank(config, params):

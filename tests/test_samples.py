@@ -117,7 +117,7 @@ def test_on_a_mesh_a_few_rows_have_the_values_that_they_have_on_one_device(rows,
             completions = parallel.shard_batch(rollout, mesh)
             caplog.clear()
             placed = parallel.replicate((params, teacher), mesh)
-            annotated = log.annotate(*placed, batch, completions)
+            annotated = log.annotate(*placed, (batch.prompts, batch.teacher_prompts), completions)
         assert rows % 4 or "replicated" not in caplog.text
         found.append(list(log.lines(5, batch, annotated)))
     assert len(found[0]) == min(samples, rows)

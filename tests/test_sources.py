@@ -150,7 +150,7 @@ def test_dagger_has_one_teacher():
     c.teacher.members = {"a": config_lib.member(path="a")}
     config_lib.parse(c)
     c.teacher.members = {name: config_lib.member(path=name) for name in "ab"}
-    with pytest.raises(ConfigError, match="config field rollout.source = 'dagger' mixes with one teacher, not with a, b"):
+    with pytest.raises(ConfigError, match="config field rollout.source = 'dagger' is one teacher's, not that of a, b"):
         config_lib.parse(c)
 
 

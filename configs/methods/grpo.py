@@ -6,7 +6,8 @@ Axes: signal.weight=0, reward.weight=1, 8 completions of a prompt. Argument vari
 each completion), dr_grpo (Liu et al. 2025: centred, constant divisor), rloo (Ahmadian et al. 2024: the mean of the others), dapo (Yu et
 al. 2025: token mean, upper bound 0.28, prompts without a difference left out, cut-off completions masked; prompts are not drawn again in
 their place). Each batch is used once, so that the clipping is there and never active; kl=W adds W times the reverse KL to the student as
-it was, exact over the vocabulary where the papers take k3.
+it was, exact over the vocabulary. (GRPO differentiates k3 as a loss, which follows the forward KL:
+--config.regulariser.divergence=forward_kl; the other three have no such term.)
 
 On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too. NOT MEASURED.
 """

@@ -3,7 +3,8 @@
     python experiments/train.py --config=configs/methods/supervised_kd.py --workdir=runs/supervised_kd
 
 Axes: rollout.source=dataset, forward KL at temperature tau of both laws with weight (1 - hard) tau^2, so that its gradient keeps its size
-whatever tau is, and cross-entropy with weight hard. Arguments: tau=2, hard=0.5. With hard=0 and tau=1 it is the supervised baseline of GKD.
+whatever tau is, and cross-entropy with weight hard. Arguments: tau=2, hard=0.5. With hard=0 and tau=1 it is the supervised
+baseline of GKD, but for the normaliser (sequence_mean there).
 Differs from token-level distillation on the teacher's samples in who wrote the completions alone.
 
 On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too. NOT MEASURED.

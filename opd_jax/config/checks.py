@@ -95,6 +95,11 @@ def validate(config: Config) -> None:
     check_choice("model.compute_dtype", config.model.compute_dtype, ("float32", "bfloat16"))
     check_choice("student.init.model_type", config.student.init.model_type, FAMILIES)
     _check_experts(config.student.init)
+    masking, longest = config.masking, config.rollout.max_new_tokens
+    ends = min(longest, masking.first_only or longest)
+    _require(
+        masking.skip_first < ends, "masking.skip_first", masking.skip_first, f"must be below {ends}, or no token is left to learn from"
+    )
     rollout, learner = config.rollout, config.learner
     batch = rollout.batch_size
     _require(batch % rollout.group_size == 0, "rollout.group_size", rollout.group_size, f"must divide rollout.batch_size = {batch}")
@@ -150,7 +155,16 @@ def _check_teacher(config: Config) -> None:
         f"must name a model, because rollout.source = {source!r} needs a teacher",
     )
     members = ", ".join(config.teacher.members)
-    _require(source != "dagger" or len(config.teacher.members) < 2, "rollout.source", source, f"mixes with one teacher, not with {members}")
+    writes = source in ("dagger", "teacher")
+    _require(not writes or len(config.teacher.members) < 2, "rollout.source", source, f"is one teacher's, not that of {members}")
+    reads = config.context.privileged.reads
+    _require(not reads or has_teacher(config), "context.privileged.reads", reads, "needs a teacher to read it; set teacher.path")
+    _require(
+        not (reads and writes),
+        "context.privileged.reads",
+        reads,
+        f"is read where a teacher scores; rollout.source = {source!r} lets it write",
+    )
     own = _own_draws("signal", config.signal) or (_own_draws("extra_signal", config.extra_signal) if config.extra_signal.weight else "")
     own = f"estimator.credit = {config.estimator.credit!r}" if config.estimator.credit != "token" else own
     corrected = source == "dagger" and config.estimator.importance != "none"  # the law of the mixture is known, and covers the student's
@@ -159,6 +173,7 @@ def _check_teacher(config: Config) -> None:
     fits = own_draws(config) or corrected or not own
     _require(fits, "rollout.source", source, f"must be 'student', because {own} needs draws of the student{remedy}")
     greedy = config.rollout.temperature == 0 or config.rollout.top_k == 1
+    own = f"reward.weight = {config.reward.weight:g}" if config.reward.weight else own
     _require(not (greedy and own), "rollout.temperature", config.rollout.temperature, f"is greedy, but {own} needs draws from the policy")
 
 

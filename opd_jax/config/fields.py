@@ -78,7 +78,7 @@ class Privileged:
     """What the teacher reads beside the question. The student never reads it."""
 
     # some of solution, demonstration (both the example's solution), feedback (of the verifier on the own completion), sibling (a completion
-    # of the same prompt that succeeded), critique, with commas between them
+    # of the same prompt that succeeded), with commas between them
     reads: str = ""  # which sections there are; empty: the teacher reads the question alone
     layout: str = "words"  # words: English sentences; compact: a mark before each section, the prompt last; or a file with a Jinja template
     success: float = 1.0  # reward from which a completion may serve as a sibling
@@ -163,7 +163,6 @@ class Masking:
 
 @dataclasses.dataclass(frozen=True)
 class Signal:
-    weight: float = 1.0  # of the distillation term; 0: none
     # reverse_kl, forward_kl, jsd, jsd_continuous, skew_forward_kl, skew_reverse_kl; without a teacher nll, negative_entropy; cross_entropy
     divergence: str = "reverse_kl"  # which per-token loss compares student and teacher
     # full: sum over the vocabulary; sampled: the sampled token alone (unbiased in expectation); topk_teacher, topk_student, topk_union (of
@@ -177,6 +176,7 @@ class Signal:
     # BIASED (clipped entries have no gradient of their own); for support full, or a top-k with the tail renormalise or bucket; OPSD has
     # forward_kl with 0.05
     clip: float = 0.0  # nats at which each entry of the divergence's sum is cut off; 0: off
+    weight: float = 1.0  # of the distillation term; 0: none
 
 
 @dataclasses.dataclass(frozen=True)

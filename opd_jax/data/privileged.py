@@ -255,6 +255,8 @@ def check(config: config_lib.Config, task: Task) -> None:
     reads = f"config field {_FIELD}.reads = {settings.reads!r}"
     if "sibling" in kinds and config.rollout.group_size < 2:
         raise ConfigError(f"{reads}: a sibling needs rollout.group_size of at least 2, it is {config.rollout.group_size}; raise it")
+    if "critique" in kinds:
+        raise ConfigError(f"{reads}: no source of a run writes critiques; leave it out (gather() takes one from a script)")
     for kind in _JUDGED:
         if kind in kinds and not task.verifiable:
             raise ConfigError(f"{reads}: {kind} needs rewards, but task.name = {config.task.name!r} has no verifier; choose another task")

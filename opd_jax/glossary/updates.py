@@ -29,7 +29,7 @@ def described() -> dict[str, Description]:
             "(1/M) sum_bt m_bt l_bt",
             "nats/token",
         ),
-        "train/tokens": Description("completion tokens in this step's loss", "M", "tokens"),
+        "train/tokens": Description("completion tokens of this step, whichever parts of the loss learn from them", "M", "tokens"),
         "teacher/disagreement": Description(
             "disagreement of several teachers on this step's completions, whatever their weights or routes: generalised Jensen-Shannon "
             "divergence, from 0 to log J",
@@ -69,7 +69,9 @@ def _rollouts() -> dict[str, Description]:
         "rollout/prompts_truncated": Description(
             "prompts of this step that lost their first tokens", "number of prompts longer than rollout.max_prompt_length", "prompts"
         ),
-        "rollout/tokens_total": Description("completion tokens in the loss since the run began", "sum of M over steps 1 ... n", "tokens"),
+        "rollout/tokens_total": Description(
+            "completion tokens since the run began, whichever parts of the loss learnt from them", "sum of M over steps 1 ... n", "tokens"
+        ),
         "rollout/tokens_per_second": Description("completion tokens of this step per second", "M / time/step_seconds", "tokens/s"),
     }
 

@@ -17,6 +17,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from opd_jax.numerics import importance
 from opd_jax.numerics.token_stats import DenseHead, Signal, Stats, Target, token_stats
 
 TARGETS = {
@@ -30,7 +31,9 @@ TARGETS = {
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["mask_BT", "behaviour_logp_BT", "group_B", "baseline_BT", "advantage_BT"], meta_fields=[]
+    jax.tree_util.register_dataclass,
+    data_fields=["mask_BT", "behaviour_logp_BT", "group_B", "baseline_BT", "advantage_BT", "drawn_BT"],
+    meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class Context:
@@ -41,6 +44,12 @@ class Context:
     group_B: jax.Array | None = None  # rollouts of one prompt share a number; None: each is alone
     baseline_BT: jax.Array | None = None  # nats, of an estimator that looks across rows: see Estimator.prepare
     advantage_BT: jax.Array | None = None  # of an estimator whose advantages are given: rewards
+    drawn_BT: jax.Array | None = None  # 1 on all tokens that were drawn, where the mask has not all of them; None: the mask
+
+    def log_ratios(self, logp_BT: jax.Array) -> jax.Array:
+        """log rho_t to the law that sampled, [B, T], constant: of every token that was drawn, learnt from or not."""
+        drawn_BT = self.mask_BT if self.drawn_BT is None else self.drawn_BT
+        return importance.ratios(logp_BT, self.behaviour_logp_BT, drawn_BT)
 
 
 @functools.partial(

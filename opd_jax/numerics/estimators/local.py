@@ -40,7 +40,7 @@ class Local(Estimator):
     def terms(self, stats: Stats, context: Context) -> Term:
         if self.importance == "none" or context.behaviour_logp_BT is None:
             return Term(context.mask_BT, local_BT=stats.local_BT)
-        log_rho_BT = importance_lib.ratios(stats.logp_BT, context.behaviour_logp_BT, context.mask_BT)
+        log_rho_BT = context.log_ratios(stats.logp_BT)
         w_local_BT, w_score_BT = importance_lib.weights(log_rho_BT, correction=self.importance, clip=self.clip)
         weight_BT = w_score_BT if self.signal.reads_tokens else w_local_BT
         return Term(context.mask_BT, local_BT=stats.local_BT, w_local_BT=weight_BT)

@@ -43,9 +43,7 @@ class Rewarded(Estimator):
         advantage_BT = jax.lax.stop_gradient(context.advantage_BT)
         if context.behaviour_logp_BT is None or not self.clip_high:
             return Term(context.mask_BT, advantage_BT=advantage_BT)
-        rho_BT = jnp.exp(
-            jnp.minimum(importance.ratios(stats.logp_BT, context.behaviour_logp_BT, context.mask_BT), importance.MAX_LOG_WEIGHT)
-        )
+        rho_BT = jnp.exp(jnp.minimum(context.log_ratios(stats.logp_BT), importance.MAX_LOG_WEIGHT))
         moved_BT = jnp.where(advantage_BT > 0, rho_BT > 1 + self.clip_high, rho_BT < 1 - self.clip_low)
         return Term(context.mask_BT, advantage_BT=advantage_BT, w_score_BT=jnp.where(moved_BT, 0, rho_BT))
 

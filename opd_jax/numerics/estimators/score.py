@@ -59,7 +59,7 @@ class Credited(Estimator, abc.ABC):
         mask_BT, baseline_BT = context.mask_BT, self._baseline(stats, context)
         if self.importance == "none" or context.behaviour_logp_BT is None:
             return self.advantage(stats, mask_BT, None, None) - baseline_BT, None, None
-        log_rho_BT = importance.ratios(stats.logp_BT, context.behaviour_logp_BT, mask_BT)
+        log_rho_BT = context.log_ratios(stats.logp_BT)
         w_local_BT, w_score_BT = importance.weights(log_rho_BT, correction=self.importance, clip=self.clip)
         if self.importance != "cumulative":
             return self.advantage(stats, mask_BT, None, None) - baseline_BT, w_local_BT, w_score_BT
