@@ -61,7 +61,7 @@ def test_defaults_round_trip():
             {"teacher__path": "", "rollout__source": "teacher"},
             "config field teacher.path = '' must name a model, because rollout.source = 'teacher' needs a teacher",
         ),
-        ({"reward__weight": 1.0, "rollout__top_k": 1}, "config field rollout.temperature = 1.0 is greedy, but reward.weight = 1 needs draws"),
+        ({"reward__weight": 1.0, "rollout__top_k": 1}, "config field rollout.temperature = 1.0 is greedy, but reward.weight = 1"),
         ({"masking__skip_first": 5, "masking__first_only": 3}, "config field masking.skip_first = 5 must be below 3, or no token is left"),
         ({"masking__skip_first": 64}, "config field masking.skip_first = 64 must be below 64, or no token is left to learn from"),
         (

@@ -116,7 +116,7 @@ def test_ratios_are_of_every_token_that_was_drawn(float64):
     built = estimators.build(Signal("reverse_kl"), "token", 1.0, importance="cumulative")
     target = Target((DenseHead(jnp.asarray(rng.normal(size=(2, 5, 3)))),))
     stats = token_stats(DenseHead(jnp.asarray(logits)), target, jnp.asarray(tokens), signal=built.signal, needs={"logp", "local"})
-    learnt = drawn & (jnp.arange(5) >= 3)
+    learnt = drawn & (jnp.arange(5) >= 3)[None, :]
     of = lambda context: built.terms(stats, context).w_local_BT
     whole = of(Context(drawn, behaviour_logp_BT=behaviour))
     found = of(Context(learnt, behaviour_logp_BT=behaviour, drawn_BT=drawn))
