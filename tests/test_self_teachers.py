@@ -140,8 +140,8 @@ def test_several_teachers(combine, base, other, tmp_path):
     assert np.isfinite(records[-1]["train/loss"])
     assert list(train.run(c, tmp_path / "run")) == []
     assert json.loads((tmp_path / "run" / "config.json").read_text())["teacher"]["members"]["other"]["tag"] == "reverse"
-    c.teacher.members.other.tag = "chain"
-    with pytest.raises(UserError, match="teacher.members.other.tag: 'reverse' -> 'chain'"):
+    c.teacher.members.other.weight = 2.0
+    with pytest.raises(UserError, match="teacher.members.other.weight: 1.0 -> 2.0"):
         list(train.run(c, tmp_path / "run"))
 
 
@@ -167,7 +167,7 @@ def test_extrapolation_beyond_the_teacher_and_a_regulariser(base, other, tmp_pat
     "changes, words",
     [
         ({"reward.advantage": "grppo"}, "did you mean grpo?"),
-        ({"reward.weight": 1.0, "rollout.source": "teacher"}, "must be 'student'"),
+        ({"rollout.source": "teacher", "context.privileged.reads": ""}, "must be 'student'"),
         ({"context.privileged.reads": "sibbling"}, "did you mean sibling?"),
         ({"rollout.group_size": 1, "reward.weight": 0.0}, "needs rollout.group_size of at least 2"),
         ({"task.name": "unconditional"}, "verifier"),
