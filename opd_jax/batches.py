@@ -63,8 +63,8 @@ class BatchMaker:
 
     def judge(self, prompts: pipeline.Batch, completions: Rollout) -> Judged:
         """The verdicts on a batch of completions; waits for them."""
-        mask_BT, tokens_BT = np.asarray(completions.mask_BT), np.asarray(completions.tokens_BT)
-        texts = [self._tokenizer.decode(tokens[mask].tolist()) for tokens, mask in zip(tokens_BT, mask_BT, strict=True)]
+        standing_BT, tokens_BT = np.asarray(completions.standing_BT), np.asarray(completions.tokens_BT)
+        texts = [self._tokenizer.decode(tokens[standing].tolist()) for tokens, standing in zip(tokens_BT, standing_BT, strict=True)]
         return self._judge([example for example in prompts.examples for _ in range(self._config.rollout.group_size)], texts)
 
     def _informed(self, prompts: pipeline.Batch, judged: Judged | None) -> Informed | None:

@@ -34,13 +34,17 @@ class Account:
     generator: int  # parameters of the student where it samples; 0: it does not
     teacher_generator: int = 0  # of the teacher where it samples, after its own prompts; both 0: the data set's completions
 
-    def work(self, *, prompt: int, teacher_prompt: int, completion: int) -> Work:
-        """Of so many tokens of completions, and of their prompts as the student and as the teacher reads them, once per completion."""
+    def work(self, *, prompt: int, teacher_prompt: int, completion: int, drawn: int | None = None) -> Work:
+        """Of so many tokens of completions, and of their prompts as the student and as the teacher reads them, once per completion.
+
+        `drawn` of the completions' tokens were sampled, the others observed or given; None: all.
+        """
         sampling = 2 * self.generator * (prompt + completion) + 2 * self.teacher_generator * (teacher_prompt + completion)
         scoring = 2 * sum(self.scorers) * (teacher_prompt + completion)
         # Forward 2 N; back 2 N by the activations, and 2 by each parameter that is trained. Where all are: 6 N.
         training = (4 * self.student + 2 * self.trained) * (prompt + completion)
-        generated = completion if self.generator or self.teacher_generator else 0
+        sampled = completion if drawn is None else drawn
+        generated = sampled if self.generator or self.teacher_generator else 0
         return Work(sampling + scoring + training, generated, completion * len(self.scorers))
 
 

@@ -38,12 +38,12 @@ def without_stop(rows: Sequence[list[int]], stop_ids: Sequence[int]) -> list[lis
     return [ids[:-1] if ids and ids[-1] in stop_ids else ids for ids in rows]
 
 
-def repetition(tokens_BT: np.ndarray, mask_BT: np.ndarray, stop_ids: Sequence[int]) -> dict[str, float]:
+def repetition(tokens_BT: np.ndarray, standing_BT: np.ndarray, stop_ids: Sequence[int]) -> dict[str, float]:
     """Means over completions: of the share of repeated n-grams (where a completion has one), and of those that end in a loop.
 
     The stop token is left out: a loop that was stopped is a loop.
     """
-    rows = without_stop([tokens[mask].tolist() for tokens, mask in zip(tokens_BT, mask_BT, strict=True)], stop_ids)
+    rows = without_stop([tokens[mask].tolist() for tokens, mask in zip(tokens_BT, standing_BT, strict=True)], stop_ids)
     shares = [share for ids in rows if (share := repeated_ngrams(ids)) is not None]
     loops = {"diag/terminal_loops": float(np.mean([ends_in_loop(ids) for ids in rows]))}
     return loops | ({"diag/repeated_ngrams": float(np.mean(shares))} if shares else {})
@@ -73,7 +73,7 @@ class Diagnostics:
         """
         mask_BT, tokens_BT = np.asarray(completions.mask_BT), np.asarray(completions.tokens_BT)
         values = {name: float(value) for name, value in measured.items() if name != "log_ratio_BT"}
-        values |= repetition(tokens_BT, mask_BT, self._tokenizer.eos_ids)
+        values |= repetition(tokens_BT, np.asarray(completions.standing_BT), self._tokenizer.eos_ids)
         if "log_ratio_BT" in measured:
             values |= self._special(np.asarray(measured["log_ratio_BT"]), tokens_BT, mask_BT)
         if not own_draws:

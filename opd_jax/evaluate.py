@@ -202,13 +202,13 @@ def _token_ids(rollouts) -> list[list[int]]:
     """The tokens of each completion that counts, stop token included."""
     rows = []
     for _, rollout, real in rollouts:
-        tokens_BT, mask_BT = np.asarray(rollout.tokens_BT), np.asarray(rollout.mask_BT)
-        rows += [tokens_BT[row][mask_BT[row]].tolist() for row in range(real)]
+        tokens_BT, standing_BT = np.asarray(rollout.tokens_BT), np.asarray(rollout.standing_BT)
+        rows += [tokens_BT[row][standing_BT[row]].tolist() for row in range(real)]
     return rows
 
 
 def _length_metrics(rollouts) -> dict[str, float]:
-    lengths = np.concatenate([np.asarray(r.mask_BT).sum(1)[:real] for _, r, real in rollouts])
+    lengths = np.concatenate([np.asarray(r.standing_BT).sum(1)[:real] for _, r, real in rollouts])
     stopped = np.concatenate([np.asarray(r.stopped_B)[:real] for _, r, real in rollouts])
     return {"eval/length": float(lengths.mean()), "eval/truncated_fraction": float(1 - stopped.mean())}
 

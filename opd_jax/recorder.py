@@ -142,15 +142,15 @@ class Recorder:
     def _rollout_metrics(self, pending: Pending) -> dict[str, float]:
         prompts, completions = pending.prompts, pending.completions
         config, writer = self.job.config, self._writer(pending.step)
-        mask_BT = np.asarray(completions.mask_BT)
-        completion = int(mask_BT.sum())
-        self._info["tokens_total"] += completion
+        drawn, standing_BT = int(np.asarray(completions.mask_BT).sum()), np.asarray(completions.standing_BT)
+        self._info["tokens_total"] += drawn
         prompt, teacher_prompt = (int(np.asarray(read.mask_BS).sum()) for read in (prompts.prompts, pending.made.teacher_prompts))
-        work = self._accounts(writer).work(prompt=prompt, teacher_prompt=teacher_prompt, completion=completion)
+        read = {"prompt": prompt, "teacher_prompt": teacher_prompt, "completion": int(standing_BT.sum())}
+        work = self._accounts(writer).work(**read, drawn=drawn)
         for name, amount in work._asdict().items():
             self._info[name] += amount
         record = {
-            "rollout/length": float(mask_BT.sum(1).mean()),
+            "rollout/length": float(standing_BT.sum(1).mean()),
             "rollout/truncated_fraction": float(1 - np.asarray(completions.stopped_B).mean()),
             "rollout/tokens_total": self._info["tokens_total"],
             "rollout/prompts_truncated": prompts.truncated,

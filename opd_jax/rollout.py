@@ -31,19 +31,22 @@ def sample(
     top_k: int = 0,
     min_p: float = 0.0,
     stop_ids: Sequence[int] = (),
+    given: sampler.Given | tuple[jax.Array, jax.Array] | None = None,
 ) -> Rollout:
     """Samples a completion for every row of left-padded prompts; `tokens_BT` is [B, max_new_tokens].
 
     A token depends on `key` (a typed key), the row's `id_B`, its position and the model alone. temperature 0 and top_k 1 are greedy. The
     stop token is part of the completion, also where it is the padding token. Raises UserError for a law that does not exist, prompts
     without tokens, or prompts that with max_new_tokens exceed the model's context.
+
+    `given`: (tokens [B, max_new_tokens], length [B]), beginnings of the completions that are not drawn and stop nothing. Then
+    `present_BT` is True on all tokens that stand in a completion, `mask_BT` on those that were drawn; log-probs of the others are 0.
     """
     law = sampler.Law(float(temperature), float(top_p), int(top_k), float(min_p))
     _check(model_config, prompts, max_new_tokens)
-    pad_id = model_config.pad_token_id or 0
-    return sampler.sample_tokens(
-        params, model_config, prompts, key=key, max_new_tokens=max_new_tokens, law=law, stop_ids=tuple(map(int, stop_ids)), pad_id=pad_id
-    )
+    begun = {"given": _checked(given, len(prompts.id_B), max_new_tokens), "pad_id": model_config.pad_token_id or 0}
+    settings = {"key": key, "max_new_tokens": max_new_tokens, "law": law, "stop_ids": tuple(map(int, stop_ids))}
+    return sampler.sample_tokens(params, model_config, prompts, **settings, **begun)
 
 
 def sample_mixture(
@@ -81,6 +84,21 @@ def sample_mixture(
     models = (params, model_config, prompts, teacher_params, teacher_config, teacher_prompts)
     settings = {"max_new_tokens": max_new_tokens, "law": law, "stop_ids": tuple(map(int, stop_ids))}
     return sampler.sample_mixture_tokens(*models, beta=jnp.float32(beta), key=key, **settings, pad_id=model_config.pad_token_id or 0)
+
+
+def _checked(given: tuple | None, rows: int, max_new_tokens: int) -> sampler.Given | None:
+    if given is None:
+        return None
+    given = sampler.Given(*given)
+    if given.tokens_BT.shape != (rows, max_new_tokens) or given.length_B.shape != (rows,):
+        raise UserError(
+            f"given has tokens {given.tokens_BT.shape} and lengths {given.length_B.shape}; give ({rows}, {max_new_tokens}), a row for each "
+            f"prompt as wide as a completion, and ({rows},)"
+        )
+    lengths = np.asarray(given.length_B)
+    if lengths.min(initial=0) < 0 or lengths.max(initial=0) > max_new_tokens:
+        raise UserError(f"given has lengths from {lengths.min()} to {lengths.max()}; give 0 to max_new_tokens = {max_new_tokens}")
+    return given
 
 
 def _check(model_config: ModelConfig, prompts: Prompts, max_new_tokens: int) -> None:

@@ -2,14 +2,15 @@
 
 The uniform of a draw is a function of (key, rollout id, position) and of nothing else: not of the row, the batch, the padding, the mesh or
 the number of tokens asked for. A token is the inverse of the law's cumulative distribution, in vocabulary order, at that uniform. Where two
-models write, a second uniform of the same kind says which of them writes the token.
+models write, a second uniform of the same kind says which of them writes the token. Where the beginning of a completion is given, what
+follows it is drawn with the uniforms of its positions, as if the beginning had been drawn.
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,14 @@ class Law:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0 or self.top_k == 1
+
+
+class Given(NamedTuple):
+    """The beginning of each completion, which is not drawn. A stop token in it stops nothing."""
+
+    tokens_BT: jax.Array  # int32; what stands behind the beginning is not looked at
+    length_B: jax.Array  # int32, tokens of the beginning
+    ended_B: jax.Array | None = None  # bool, True: nothing follows the beginning; None: in no row
 
 
 def law_logp(logits_BV: jax.Array, law: Law) -> jax.Array:
@@ -119,14 +128,15 @@ def sample_tokens(
     law: Law,
     stop_ids: tuple[int, ...],
     pad_id: int,
+    given: Given | None = None,
 ) -> Rollout:
-    """Completions [B, max_new_tokens] of one model."""
+    """Completions [B, max_new_tokens] of one model, after their beginnings where such are given."""
     width = prompts.tokens_BS.shape[1] + max_new_tokens
     logits_BV, cache = forward.prefill(params, config, prompts.tokens_BS, prompts.mask_BS, cache_length=width)
     key_of_position = functools.partial(uniforms, key, prompts.id_B)
     write = lambda logits_BV, position: draw(logits_BV, key_of_position(position), law)
     read = lambda token_B, cache: forward.decode_step(params, config, token_B, cache)
-    return _generate(logits_BV, cache, prompts.id_B, write, read, max_new_tokens, stop_ids, pad_id)
+    return _generate(logits_BV, cache, prompts.id_B, write, read, max_new_tokens, stop_ids, pad_id, given)
 
 
 _OF_WRITERS = 0xDA66  # folded into a key, gives the key of the uniforms that say who writes
@@ -170,7 +180,15 @@ def sample_mixture_tokens(
 
 
 def _generate(
-    logits: Any, cache: Any, id_B: jax.Array, write: Callable, read: Callable, max_new_tokens: int, stop_ids: tuple[int, ...], pad_id: int
+    logits: Any,
+    cache: Any,
+    id_B: jax.Array,
+    write: Callable,
+    read: Callable,
+    max_new_tokens: int,
+    stop_ids: tuple[int, ...],
+    pad_id: int,
+    given: Given | None = None,
 ) -> Rollout:
     """The decode loop. Rows that have stopped write padding; the loop ends when all have.
 
@@ -181,11 +199,13 @@ def _generate(
     def body(carry):
         position, logits, cache, stopped_B, columns = carry
         token_B, logp_B, behaviour_B = write(logits, position)
-        new = (jnp.where(stopped_B, pad_id, token_B), ~stopped_B, jnp.where(stopped_B, 0, logp_B), jnp.where(stopped_B, 0, behaviour_B))
+        token_B, draws_B, ends_B = _or_given(token_B, ~stopped_B, _is_any(token_B, stop_ids), given, position)
+        logp_B, behaviour_B = (jnp.where(draws_B, x_B, 0) for x_B in (logp_B, behaviour_B))
+        new = (jnp.where(stopped_B, pad_id, token_B), draws_B, logp_B, behaviour_B, ~stopped_B)
         columns = tuple(
-            jax.lax.dynamic_update_slice_in_dim(x_BT, x_B[:, None], position, axis=1) for x_BT, x_B in zip(columns, new, strict=True)
+            jax.lax.dynamic_update_slice_in_dim(x_BT, x_B[:, None], position, axis=1) for x_BT, x_B in zip(columns, new, strict=False)
         )
-        stopped_B |= _is_any(token_B, stop_ids)
+        stopped_B |= ends_B
         logits, cache = read(new[0], cache)
         return position + 1, logits, cache, stopped_B, columns
 
@@ -194,10 +214,26 @@ def _generate(
 
     shape = (rows, max_new_tokens)
     columns = (jnp.full(shape, pad_id, jnp.int32), jnp.zeros(shape, bool), jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
+    columns += (jnp.zeros(shape, bool),) if given is not None else ()  # what stands there is more than what is drawn
     columns = tuple(parallel.constrain(x, "batch", None) for x in columns)
-    stopped_B = parallel.constrain(jnp.zeros(rows, bool), "batch")
+    stopped_B = jnp.zeros(rows, bool) if given is None or given.ended_B is None else given.ended_B & (given.length_B == 0)
+    stopped_B = parallel.constrain(stopped_B, "batch")
     *_, stopped_B, columns = jax.lax.while_loop(unfinished, body, (jnp.int32(0), logits, cache, stopped_B, columns))
-    return Rollout(*columns, id_B, stopped_B)
+    return Rollout(*columns[:4], id_B, stopped_B, *columns[4:])
+
+
+def _or_given(
+    token_B: jax.Array, writes_B: jax.Array, stops_B: jax.Array, given: Given | None, position: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(the tokens of a position, which of them are drawn, which end their row): of what was drawn, or of what was given in its place."""
+    if given is None:
+        return token_B, writes_B, stops_B
+    inside_B = position < given.length_B
+    given_B = jax.lax.dynamic_index_in_dim(given.tokens_BT, position, axis=1, keepdims=False)
+    stops_B &= ~inside_B
+    if given.ended_B is not None:
+        stops_B |= given.ended_B & (position + 1 >= given.length_B)
+    return jnp.where(inside_B, given_B, token_B), writes_B & ~inside_B, stops_B
 
 
 def _is_any(token_B: jax.Array, ids: tuple[int, ...]) -> jax.Array:

@@ -58,7 +58,7 @@ class SampleLog:
         values = jax.tree.map(np.asarray, annotated)
         group = self._config.rollout.group_size
         for row in range(self._count):
-            mask = values.completions.mask_BT[row]
+            mask = values.completions.standing_BT[row]
             ids = values.completions.tokens_BT[row][mask].tolist()
             before = prompts.prompts.tokens_BS[row][prompts.prompts.mask_BS[row]][-CONTEXT:].tolist()
             line = {
@@ -71,6 +71,9 @@ class SampleLog:
                 "student_logp": _short(values.student.logp_BT[row][mask]),
                 "student_entropy": _short(values.student.entropy_BT[row][mask]),
             }
+            given = np.flatnonzero(~values.completions.mask_BT[row][mask]).tolist()
+            if given:
+                line["given"] = given  # positions that the loss does not see: beginnings, observations
             if values.teacher is not None:
                 line |= {
                     "teacher_logp": _short(values.teacher.logp_BT[row][mask]),

@@ -15,7 +15,7 @@ from opd_jax.types import Prompts, Rollout, view
 
 @flax.struct.dataclass
 class Annotation:
-    """What a model thought of each token of a rollout, at temperature 1, in nats; 0 where the rollout's mask is False."""
+    """What a model thought of each token that stands in a rollout, at temperature 1, in nats; 0 behind it."""
 
     logp_BT: jax.Array  # log-prob of the token
     entropy_BT: jax.Array  # of the model's law there
@@ -53,4 +53,5 @@ def annotate(params: dict, model_config: ModelConfig, prompts: Prompts, rollout:
     k = min(k, model_config.valid_vocab_size or model_config.vocab_size)
     top_ids_BTK, top_logp_BTK = stats_lib.topk(head, k=k)[:2] if k else (None, None)
     values = Annotation(stats.logp_BT, stats.entropy_BT, top_ids_BTK, top_logp_BTK)
-    return jax.tree.map(lambda x: jnp.where(rollout.mask_BT.reshape(*rollout.mask_BT.shape, *(1,) * (x.ndim - 2)), x, 0), values)
+    standing_BT = rollout.standing_BT
+    return jax.tree.map(lambda x: jnp.where(standing_BT.reshape(*standing_BT.shape, *(1,) * (x.ndim - 2)), x, 0), values)

@@ -59,7 +59,13 @@ class Rollout:
     logp_BT: jax.Array  # nats under the sampled policy at temperature 1, 0 where the mask is False
     behaviour_logp_BT: jax.Array  # nats under the law that sampled (temperature, top-p, top-k, min-p)
     id_B: jax.Array  # uint32
-    stopped_B: jax.Array  # bool, False where max_new_tokens cut the completion off
+    stopped_B: jax.Array  # bool, False where max_new_tokens, or a limit of turns, cut the completion off
+    present_BT: jax.Array | None = None  # bool, True on all tokens that stand in the completion: drawn, given, observed; None: mask_BT
+
+    @property
+    def standing_BT(self) -> jax.Array:
+        """Which tokens the text of a completion consists of, whoever wrote them."""
+        return self.mask_BT if self.present_BT is None else self.present_BT
 
 
 @flax.struct.dataclass

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from opd_jax import config as config_lib
-from opd_jax import parallel, rollout, score
+from opd_jax import parallel, rollout, sampler, score
 from opd_jax.data import pipeline
 from opd_jax.data.tasks import Example
 from opd_jax.data.tokenizer import byte
@@ -47,8 +47,6 @@ def smallest_margin(params, config, prompts, completions, key=KEY):
     mask_BL = jnp.concatenate([prompts.mask_BS, jnp.ones(completions.tokens_BT.shape, bool)], axis=1)
     logits = transformer.apply(params, config, views, mask_BL=mask_BL)[:, prompts.tokens_BS.shape[1] - 1 : -1]
     cumulative = np.cumsum(np.asarray(jax.nn.softmax(logits, axis=-1), np.float64), axis=-1)
-    from opd_jax import sampler
-
     margins = []
     for t in range(completions.tokens_BT.shape[1]):
         uniform_B = np.asarray(sampler.uniforms(key, prompts.id_B, jnp.int32(t)), np.float64)
@@ -199,6 +197,86 @@ def test_prompts_padded_on_the_wrong_side_are_refused():
     params, config, prompts = case()
     with pytest.raises(UserError, match="padded on the left"):
         sample(params, config, prompts.replace(mask_BS=prompts.mask_BS.at[0, -1].set(False)))
+
+
+# ---- beginnings that are given
+
+
+def beginning(tokens_BT, length_B, ended_B=None):
+    return sampler.Given(jnp.asarray(tokens_BT), jnp.asarray(length_B, jnp.int32), ended_B)
+
+
+def test_a_beginning_that_would_have_been_drawn_changes_nothing_but_the_mask():
+    params, config, prompts = case()
+    drawn = sample(params, config, prompts)
+    lengths = np.asarray(drawn.mask_BT).sum(1)
+    for length_B in (np.zeros(6, int), np.minimum([0, 1, 2, 3, 4, 7], lengths - 1)):
+        found = sample(params, config, prompts, given=beginning(drawn.tokens_BT, length_B))
+        for name in ("tokens_BT", "stopped_B"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(drawn, name))
+        np.testing.assert_array_equal(found.present_BT, drawn.mask_BT)
+        behind_BT = np.arange(8)[None, :] >= length_B[:, None]
+        np.testing.assert_array_equal(found.mask_BT, drawn.mask_BT & behind_BT)
+        for name in ("logp_BT", "behaviour_logp_BT"):
+            np.testing.assert_array_equal(getattr(found, name), np.where(behind_BT, getattr(drawn, name), 0))
+
+
+def test_what_follows_another_beginning_is_what_a_prompt_that_ends_in_it_gives():
+    """The continuation at position t has the uniform of position t, and reads the beginning as it reads a prompt."""
+    params, config, prompts = case()
+    other_BT = np.random.default_rng(2).integers(5, config.vocab_size, (6, 8)).astype(np.int32)
+    found = sample(params, config, prompts, given=beginning(other_BT, [3] * 6))
+    np.testing.assert_array_equal(found.tokens_BT[:, :3], other_BT[:, :3])
+    longer = Prompts(
+        jnp.concatenate([prompts.tokens_BS, other_BT[:, :3]], 1),
+        jnp.pad(prompts.mask_BS, ((0, 0), (0, 3)), constant_values=True),
+        prompts.id_B,
+    )
+    views = jnp.concatenate([longer.tokens_BS, found.tokens_BT[:, 3:]], axis=1)
+    mask_BL = jnp.pad(longer.mask_BS, ((0, 0), (0, 5)), constant_values=True)
+    logits = transformer.apply(params, config, views, mask_BL=mask_BL)[:, longer.tokens_BS.shape[1] - 1 : -1]
+    for t in range(5):
+        tokens_B, logp_B, _ = sampler.draw(logits[:, t], sampler.uniforms(KEY, prompts.id_B, jnp.int32(t + 3)), sampler.Law())
+        drawn_B = np.asarray(found.mask_BT[:, t + 3])
+        np.testing.assert_array_equal(np.asarray(tokens_B)[drawn_B], np.asarray(found.tokens_BT[:, t + 3])[drawn_B])
+        np.testing.assert_allclose(found.logp_BT[:, t + 3], np.where(drawn_B, logp_B, 0), atol=1e-5)
+
+
+def test_a_stop_token_of_the_beginning_stops_nothing_and_a_row_that_has_ended_writes_nothing():
+    params, config, prompts = case()
+    stops_BT = jnp.full((6, 8), 4, jnp.int32)
+    found = sample(params, config, prompts, given=beginning(stops_BT, [2] * 6))
+    assert np.asarray(found.mask_BT)[:, 2].all() and not np.asarray(found.mask_BT)[:, :2].any()
+    ended_B = jnp.arange(6) < 3
+    ended = sample(params, config, prompts, given=beginning(stops_BT, [2, 0, 8, 2, 2, 2], ended_B))
+    assert np.asarray(ended.present_BT).sum(1)[:3].tolist() == [2, 0, 8] and not np.asarray(ended.mask_BT)[:3].any()
+    same(rows_of(ended, [3, 4, 5]), rows_of(found, [3, 4, 5]))
+    whole = sample(params, config, prompts, given=beginning(stops_BT, [8] * 6))
+    assert np.asarray(whole.present_BT).all() and not np.asarray(whole.stopped_B).any()
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
+def test_eight_devices_go_on_with_the_same_tokens(shape):
+    params, config, prompts = case(rows=8)
+    given = beginning(np.full((8, 8), 9, np.int32), np.arange(8) % 4)
+    one = sample(params, config, prompts, given=given)
+    mesh = parallel.make_mesh(*shape)
+    placed = jax.device_put(params, spec.shardings(transformer.param_specs(config), mesh))
+    with jax.set_mesh(mesh):
+        eight = sample(placed, config, *parallel.shard_batch((prompts,), mesh), given=parallel.shard_batch(given, mesh))
+    same(eight, one)
+    np.testing.assert_array_equal(eight.present_BT, one.present_BT)
+
+
+def test_beginnings_that_do_not_fit_are_refused():
+    params, config, prompts = case()
+    tokens_BT = np.zeros((6, 8), np.int32)
+    for given, words in (
+        ((tokens_BT[:, :5], np.zeros(6)), r"given has tokens \(6, 5\) and lengths \(6,\); give \(6, 8\)"),
+        ((tokens_BT, np.full(6, 9)), "given has lengths from 9 to 9; give 0 to max_new_tokens = 8"),
+    ):
+        with pytest.raises(UserError, match=words):
+            sample(params, config, prompts, given=given)
 
 
 # ---- sources

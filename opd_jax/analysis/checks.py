@@ -8,6 +8,7 @@ from opd_jax.files import shown
 LARGEST = 1e100  # squares and sums of so large numbers are finite
 MAX_STEP = 2**53  # a float holds it exactly
 PER_TOKEN = ("token_ids", "tokens", "student_logp", "student_entropy", "teacher_logp", "teacher_entropy", "teacher_top")
+POSITIONS = ("special", "given")  # lists of positions of tokens
 KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -54,14 +55,14 @@ def sample_problem(sample: dict[str, Any]) -> str:
             said = f" = {shown(sample[name])} must be text" if name in sample else " is missing, it must be text"
             return name + said
     lists = [name for name in PER_TOKEN if name in sample]
-    for name in [*lists, *(["special"] if "special" in sample else [])]:
+    for name in [*lists, *(name for name in POSITIONS if name in sample)]:
         if not isinstance(sample[name], list):
             return f"{name} = {shown(sample[name])} must be a list"
     for name in lists:
         if len(sample[name]) != len(sample[lists[0]]):
             return f"{name} has {len(sample[name])} values, {lists[0]} has {len(sample[lists[0]])}"
     count = len(sample[lists[0]]) if lists else 0
-    values = ((name, i, value) for name in (*lists, "special") for i, value in enumerate(sample.get(name, ())))
+    values = ((name, i, value) for name in (*lists, *POSITIONS) for i, value in enumerate(sample.get(name, ())))
     problems = (_value_problem(name, f"{name}[{i}]", value, count) for name, i, value in values)
     return _step_problem(sample["step"]) or next(filter(None, problems), "")
 
@@ -70,7 +71,7 @@ def _value_problem(name: str, where: str, value: Any, count: int) -> str:
     """Of one value of a list of a sample with so many tokens."""
     if name == "tokens":
         return "" if isinstance(value, str) else f"{where} = {shown(value)} must be text"
-    if name == "special":
+    if name in POSITIONS:
         return "" if type(value) is int and 0 <= value < count else f"{where} = {shown(value)} must be the position of a token"
     if name == "teacher_top":
         return "" if _is_top(value) else f"{where} = {shown(value)} must be a list of [text, probability]"

@@ -161,9 +161,9 @@ def worst_tokens(run: Run) -> list[dict[str, Any]]:
     for sample in run.samples:
         if tokens_of(sample) is None:
             continue
-        special = set(sample.get("special", ()))
+        special, given = (set(sample.get(name, ())) for name in ("special", "given"))  # what the student did not write says nothing of it
         for position, ratio in enumerate(log_ratios(sample)):
-            if ratio is not None and sample["tokens"][position]:
+            if ratio is not None and sample["tokens"][position] and position not in given:
                 found[sample["tokens"][position], position in special].append((ratio, sample, position))
     rows = []
     for (token, special), seen in found.items():

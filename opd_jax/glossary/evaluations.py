@@ -57,7 +57,7 @@ def described() -> dict[str, Description]:
         **_interval("eval/reverse_kl_on_teacher", "nats/token", _BOOTSTRAP, "Efron 1979"),
         **_of_writing(),
         "eval/entropy": Description("entropy of the student along its own samples", "(1/M) sum_bt m_bt H_bt", "nats/token"),
-        "eval/length": Description("mean length of the student's samples, stop token included", "M / B", "tokens"),
+        "eval/length": Description("mean length of the student's samples, with all that stands in them", "(1/B) sum_b |y_b|", "tokens"),
         "eval/truncated_fraction": Description(
             "share of the student's samples that max_new_tokens cut off", "(1/B) sum_b 1[no stop token in y_b]", "fraction"
         ),

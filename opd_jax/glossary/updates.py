@@ -56,7 +56,11 @@ def _rollouts() -> dict[str, Description]:
             "1 or 0",
             "Agarwal et al. 2024, GKD",
         ),
-        "rollout/length": Description("mean length of this step's completions, stop token included", "M / B", "tokens"),
+        "rollout/length": Description(
+            "mean length of this step's completions, with stop tokens and what others than their writer put in (beginnings, observations)",
+            "(1/B) sum_b |y_b|",
+            "tokens",
+        ),
         "rollout/truncated_fraction": Description(
             "share of completions without a stop token, cut off by max_new_tokens", "(1/B) sum_b 1[no stop token in y_b]", "fraction"
         ),
