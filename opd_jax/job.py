@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from opd_jax import checkpoint, claim, learner, machine, metrics, parallel, rewards, rollout, teachers, trackers
+from opd_jax import checkpoint, claim, context_gap, learner, machine, metrics, parallel, rewards, rollout, teachers, trackers
 from opd_jax import config as config_lib
 from opd_jax import objective as objective_lib
 from opd_jax import workdir as workdir_lib
@@ -51,6 +51,7 @@ class Job:
     schedule: Callable
     update: Callable
     evaluate: Evaluator | None
+    context_gap: context_gap.ContextGap | None
     checkpoints: checkpoint.Checkpoints
     writer: metrics.MetricsWriter
     samples: SampleLog
@@ -119,6 +120,7 @@ def setup(
         schedule=learner.make_schedule(parsed.learner, parsed.steps),
         update=_make_update(parsed, objective, optimizer, student, bank, state),
         evaluate=evaluate,
+        context_gap=context_gap.make(parsed, teacher, pair.teacher_prompts, task, mesh),
         checkpoints=checkpoints,
         writer=_begin_writing(workdir, asked, student, base=parsed.student.path, done=step if resumed else -1, mesh=mesh),
         samples=SampleLog(parsed, student.tokenizer, student.config, teacher.config if teacher else None, mesh),

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax import cost, machine, rewards, rollout
+from opd_jax import context_gap, cost, machine, rewards, rollout
 from opd_jax.batches import Made
 from opd_jax.data.pipeline import Batch
 from opd_jax.diagnostics import Diagnostics
@@ -62,7 +62,7 @@ class Recorder:
         if self._saved_step is None:
             self._save()
         if self.step == 0 and self.job.evaluate is not None and not self.job.writer.has_record(0):
-            yield self._write({"step": 0, **self._evaluation(0)})
+            yield self._write({"step": 0, **self._evaluation(0), **self._context_gap()})
         self._clock = time.perf_counter()
 
     def annotate(self, step: int, prompts: Batch, completions: Rollout, made: Made) -> Annotated | None:
@@ -177,6 +177,17 @@ class Recorder:
         with jax.set_mesh(self.job.mesh):
             values = self.job.evaluate(self.job.policy(self.state.params))
         return values | {"time/eval_seconds": time.perf_counter() - start}
+
+    def _context_gap(self) -> dict[str, float]:
+        """Whether there is anything to distil from a teacher that reads more; said before the first update."""
+        if self.job.context_gap is None:
+            return {}
+        with jax.set_mesh(self.job.mesh):
+            values = self.job.context_gap()
+        for line in context_gap.in_words(values):
+            self._progress.phase(line)
+        context_gap.warn(values)
+        return values
 
     def _write(self, record: dict) -> dict:
         self.job.writer.write(record)

@@ -37,6 +37,7 @@ trackers
 scores diagnostics
 wording injected
 evaluate
+context_gap
 machine
 samples
 workdir

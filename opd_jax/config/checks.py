@@ -55,7 +55,7 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("rollout.temperature", lambda value: value == 0 or value >= 1e-4, "must be 0 (greedy) or at least 0.0001"),
     (
         """rollout.min_p rollout.student_fraction rollout.beta rollout.beta_decay estimator.gamma learner.final_fraction signal.beta
-        extra_signal.beta teacher.rate""",
+        extra_signal.beta teacher.rate task.informed""",
         lambda value: 0 <= value <= 1,
         "must be between 0 and 1",
     ),

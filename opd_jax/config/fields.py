@@ -289,6 +289,11 @@ class Task:
     train_size: int = 0  # prompts to train on, drawn again and again; 0: as many as the task has (generated ones: unlimited)
     eval_size: int = 64  # prompts held out from training; of a file at most half of its lines, of gsm8k the first of its test set
     seed: int = 0  # of generated prompts
+    # For a base that reads contexts: training prompts with something beside the question; see opd_jax/data/tasks/informed.py
+    informed: float = 0.0  # share of the training prompts that have; 0: none
+    informed_tags: str = ""  # tags, with commas, whose training prompts all have: what is not learnt without
+    informed_reads: str = "solution,sibling"  # what: some of solution, demonstration, sibling, feedback (on a solution with an error)
+    informed_layout: str = "compact"  # as context.privileged.layout
 
 
 @dataclasses.dataclass(frozen=True)

@@ -113,6 +113,29 @@ def _contexts() -> dict[str, Description]:
         "context/too_long": Description(
             "share of completions left out because what the teacher should read does not fit", "(1/B) sum_b 1[too long]", "fraction"
         ),
+        **_gaps(),
+    }
+
+
+def _gaps() -> dict[str, Description]:
+    """Of context_gap.py, in record 0."""
+    without = "before the first update: {} of the first teacher on held-out examples, after the question alone"
+    gain = "(1/P) sum_p (log q(gold_p | question, section) - log q(gold_p | question)) / tokens of gold_p"
+    read = "the same where it reads a section of this kind"
+    return {
+        "context/accuracy": Description(without.format("greedy accuracy"), "(1/P) sum_p 1[r(greedy completion of p) >= 1]", "fraction"),
+        "context/accuracy/TAG": Description(
+            "the same where it reads a section of this kind (TAG: solution, demonstration, sibling, feedback) beside the question",
+            "context/accuracy, the prompt with the section",
+            "fraction",
+        ),
+        "context/gold_logp": Description(
+            without.format("log-prob of the solution"), "(1/P) sum_p log q(gold_p | question) / tokens of gold_p", "nats/token"
+        ),
+        "context/gold_logp/TAG": Description(read, "(1/P) sum_p log q(gold_p | question, section) / tokens of gold_p", "nats/token"),
+        "context/gold_gain/TAG": Description("what the section adds to it, example by example", gain, "nats/token"),
+        "context/gold_gain_low/TAG": Description("lower end of its 95% bootstrap interval over examples", "2.5% quantile", "nats/token"),
+        "context/gold_gain_high/TAG": Description("upper end of its 95% bootstrap interval over examples", "97.5% quantile", "nats/token"),
     }
 
 

@@ -105,8 +105,20 @@ def make(
 
 
 def from_config(config: config_lib.Config, own: Task | None = None) -> Task:
-    """The task of a config, or a user's own, which goes before it. Raises UserError."""
-    return own if own is not None else make(**dataclasses.asdict(config.task), cache_dir=config.cache_dir)
+    """The task of a config, or a user's own, which goes before it; with what is read beside the question. Raises UserError."""
+    asked = dataclasses.asdict(config.task)
+    share, tags, reads, layout = (asked.pop(f"informed{suffix}") for suffix in ("", "_tags", "_reads", "_layout"))
+    task = own if own is not None else make(**asked, cache_dir=config.cache_dir)
+    if not share and not tags:
+        return task
+    from opd_jax.data.tasks.informed import Informed
+
+    return Informed(task, share, names_in(tags), names_in(reads), layout, config.task.seed)
+
+
+def names_in(text: str) -> tuple[str, ...]:
+    """The names of a field that has commas between them."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def with_own(config: config_lib.Config, own: Task | None) -> config_lib.Config:
