@@ -285,6 +285,7 @@ class Task:
     path: str = ""  # file of lines; of gsm8k a folder or a dataset's id on the Hugging Face hub (empty: openai/gsm8k)
     metric: str = "rouge"  # rouge or bleu: the reward of task.name=text, from 0 to 1
     skills: str = "chain,reverse"  # of task.name=skills, with commas: chain, reverse, sort, add, shift, facts
+    learn: str = ""  # of task.name=skills: those of them that training prompts are of, evaluation is of all; empty: all
     level: int = 12  # digits of arithmetic (2-100), characters of skills (2-20), numbers of countdown (2-6), most steps of tinycode (2-5)
     train_size: int = 0  # prompts to train on, drawn again and again; 0: as many as the task has (generated ones: unlimited)
     eval_size: int = 64  # prompts held out from training; of a file at most half of its lines, of gsm8k the first of its test set

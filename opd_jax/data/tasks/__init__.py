@@ -79,6 +79,7 @@ def make(
     seed: int,
     metric: str = config_lib.Task.metric,
     skills: str = config_lib.Task.skills,
+    learn: str = config_lib.Task.learn,
     cache_dir: str = config_lib.Config.cache_dir,
 ) -> Task:
     """The task of a config's `task` block. Raises UserError for an unknown name, or for data that cannot be used."""
@@ -94,7 +95,7 @@ def make(
         "humaneval": lambda: humaneval.read(path, **sizes),
         "jsonl": lambda: jsonl.read(path, **sizes),
         "math": lambda: math.read(path, **sizes),
-        "skills": lambda: skills_task.Skills(skills=skills, **generated),
+        "skills": lambda: skills_task.Skills(skills=skills, learn=learn, **generated),
         "text": lambda: text.read(path, metric=metric, **sizes),
         "tinycode": lambda: tinycode.TinyCode(**generated),
         "tooluse": lambda: tooluse.read(path, **sizes),

@@ -1,6 +1,7 @@
 """Several small skills on strings of digits in one task, to learn one after the other, to forget, and to merge experts of.
 
-`task.skills` names them; example i belongs to skill i mod n and carries its name as `tag`. A prompt begins with the mark of its skill:
+`task.skills` names them; example i belongs to skill i mod n and carries its name as `tag`. With `task.learn` the training prompts are of
+some of them only, and evaluation still of all: what is learnt, and what is forgotten. A prompt begins with the mark of its skill:
 
 | skill | prompt | completion |
 |---|---|---|
@@ -58,6 +59,7 @@ NAMES = (*SKILLS, "facts")
 @dataclasses.dataclass(frozen=True)
 class Skills(GeneratedTask):
     skills: str  # names, with commas between them
+    learn: str = ""  # those that training is of; empty: all
     name = "skills"
 
     def __post_init__(self):
@@ -66,14 +68,21 @@ class Skills(GeneratedTask):
             check_choice("task.skills", name, NAMES)
             if self.chosen.count(name) > 1:
                 raise UserError(f"config field task.skills = {self.skills!r} has {name} twice; name each skill once")
+        for name in self.of("train"):
+            check_choice("task.learn", name, tuple(self.chosen))
 
     @property
     def chosen(self) -> list[str]:
         return [name.strip() for name in self.skills.split(",")]
 
+    def of(self, split: str) -> list[str]:
+        """The skills whose examples are in a split."""
+        return [name.strip() for name in self.learn.split(",")] if self.learn and split == "train" else self.chosen
+
     def example(self, split: str, index: int) -> Example:
-        turn, which = divmod(index, len(self.chosen))
-        tag = self.chosen[which]
+        skills = self.of(split)
+        turn, which = divmod(index, len(skills))
+        tag = skills[which]
         if tag == "facts":
             again, place = divmod(turn, FACTS)
             entity, solution = facts(self.seed, self.level)[place]
