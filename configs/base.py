@@ -1,6 +1,6 @@
 """A base that reads contexts, and the setting in which it teaches itself a new skill: for configs/methods/opsd.py, sdft.py and sdpo.py.
 
-    python experiments/train.py --config=configs/base.py:skill=sort --workdir=runs/self
+    python experiments/train.py --config=configs/base.py --workdir=runs/self
 
 Self-distillation on a model that makes nothing of its context is vacuous. So the base (role=base: 0.6M weights, bytes) is trained on
 strings of 5 digits: to reverse and to shift them, with and without something beside the question, and to sort, add and chain them only WITH
