@@ -53,6 +53,11 @@ def _by_target(config: Config) -> list[str]:
     """The law that stands for the teacher's, where it is another."""
     scale, members = config.extrapolation.scale, teachers.asked(config)
     others = [f"its teacher is q^{scale:g} r^{1 - scale:g}, r the reference (extrapolation.scale={scale:g})"] if scale != 1 else []
+    if config.extrapolation.adaptive:
+        others.append(
+            "its teacher is q^lambda r^(1 - lambda), r the reference, with a lambda for each token that depends on what was drawn there: "
+            "no fixed objective (extrapolation.adaptive=True)"
+        )
     if len(members) > 1:
         each = (
             "the teacher of the example's tag"
@@ -60,6 +65,8 @@ def _by_target(config: Config) -> list[str]:
             else f"the {config.teacher.combine} mixture of the members"
         )
         others.append(f"its teacher is {each} (teacher.combine={config.teacher.combine})")
+    if config.teacher.confidence:
+        others.append(f"members weigh by their certainty at each token (teacher.confidence={config.teacher.confidence:g})")
     if config.teacher.update != "frozen":
         others.append(f"its teacher follows the student, as a constant (teacher.update={config.teacher.update})")
     if config.context.privileged.reads:

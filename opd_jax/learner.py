@@ -82,7 +82,9 @@ def init_state(params: dict, optimizer: optax.GradientTransformation, bank: Bank
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(params, optimizer))
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
     step, finite = jax.device_put((jnp.int32(0), jnp.bool_(True)), (shardings.step, shardings.finite))
-    return TrainState(step, params, opt_state, finite, bank.begin(params) if bank is not None else {})
+    kept = bank.begin(params) if bank is not None else {}
+    adaptive = bank.rule.begin() if bank is not None and bank.rule else {}
+    return TrainState(step, params, opt_state, finite, kept, jax.device_put(adaptive, shardings.step))
 
 
 def abstract_state(params: dict, optimizer: optax.GradientTransformation, bank: Bank | None = None) -> TrainState:
@@ -100,10 +102,11 @@ def abstract_state(params: dict, optimizer: optax.GradientTransformation, bank: 
         params,
         transform_non_params=lambda leaf: like(leaf, everywhere),
     )
-    scalar = {dtype: jax.ShapeDtypeStruct((), dtype, sharding=everywhere) for dtype in (jnp.int32, jnp.bool_)}
+    scalar = {dtype: jax.ShapeDtypeStruct((), dtype, sharding=everywhere) for dtype in (jnp.int32, jnp.bool_, jnp.float32)}
     abstract = jax.tree.map(lambda p: like(p, p.sharding), params)
     kept = abstract if bank is not None and bank.keeps else {}
-    return TrainState(scalar[jnp.int32], abstract, opt_state, scalar[jnp.bool_], kept)
+    adaptive = jax.tree.map(lambda x: scalar[jnp.float32], bank.rule.begin()) if bank is not None and bank.rule else {}
+    return TrainState(scalar[jnp.int32], abstract, opt_state, scalar[jnp.bool_], kept, adaptive)
 
 
 def make_update(
@@ -140,19 +143,20 @@ def gradient_and_statistics(
     batch: Batch,
     *,
     kept=None,
+    adaptive=None,
     microbatches: int = 1,
     attach: Attach = None,
     base=None,
 ):
     """(what `gradient` gives, for the diagnostics: per-token statistics [B, T], squared norms of the microbatches' gradients [M])."""
-    read = functools.partial(_heads, objective, student_config, bank, (frozen, kept), attach, base)
+    read = functools.partial(_heads, objective, student_config, bank, (frozen, kept, adaptive), attach, base)
 
     def piece(micro: Batch):
         def loss(params):
-            head, targets = read(params, micro)
+            head, targets, seen = read(params, micro)
             tokens_BT = micro.student.completion_BT
             value, sums = objective_lib.loss(objective, head, targets, tokens_BT, micro.mask_BT, micro.shares)
-            return value, (sums, objective_lib.look(objective, head, targets["teacher"], tokens_BT))
+            return value, (sums | seen, objective_lib.look(objective, head, targets["teacher"], tokens_BT))
 
         (value, (sums, stats)), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return (value, sums, grads), stats
@@ -177,25 +181,28 @@ def gradient_and_statistics(
 
 
 def _heads(objective: objective_lib.Objective, student_config, bank: Bank | None, others, attach: Attach, base, params, micro: Batch):
-    """(what the student says, what it is compared with) for some rows; teacher and reference have no gradient."""
-    frozen, kept = others
+    """(what the student says, what it is compared with, sums for an adaptive rule) for some rows; only the first has a gradient."""
+    frozen, kept, adaptive = others
     whole = functools.partial(attach, base) if attach else lambda trained: trained
     own = whole(params)
-    targets = {"teacher": None, "reference": None}
+    student = forward.hidden(own, student_config, micro.student)
+    targets, seen = {"teacher": None, "reference": None}, {}
     if bank is not None:
-        parameters = jax.lax.stop_gradient(Parameters(frozen, whole(kept) if bank.keeps else {}, own))
+        gain = bank.rule.gain(adaptive) if bank.rule else None
+        parameters = jax.lax.stop_gradient(Parameters(frozen, whole(kept) if bank.keeps else {}, own, gain))
         if micro.teacher is not None:
-            targets["teacher"] = bank.target(parameters, micro.teacher, micro.student, micro.route_B)
+            views = (micro.teacher, micro.student, micro.route_B)
+            targets["teacher"], seen = bank.target(parameters, *views, student=student, mask_BT=micro.mask_BT)
         if objective.has_reference:
             targets["reference"] = bank.reference_target(parameters, micro.student)
-    return forward.hidden(own, student_config, micro.student), targets
+    return student, targets, seen
 
 
 def _prepare(objective: objective_lib.Objective, read: Callable, batch: Batch, microbatches: int) -> Batch:
     """What looks across rows, made before the batch is split: one more pass of student and teacher, without gradients."""
 
     def piece(_, micro: Batch):
-        head, targets = read(micro)
+        head, targets, _ = read(micro)
         return None, objective_lib.statistics(objective, head, targets, micro.student.completion_BT)
 
     _, stats = jax.lax.scan(piece, None, _split(batch, microbatches))
@@ -220,7 +227,7 @@ def _split(batch: Batch, microbatches: int) -> Batch:
 
 def _update_function(objective, student_config, bank, optimizer, microbatches, attach):
     def update(state: TrainState, frozen, batch: Batch, base=None) -> tuple[TrainState, dict]:
-        settings = {"kept": state.kept, "microbatches": microbatches, "attach": attach, "base": base}
+        settings = {"kept": state.kept, "adaptive": state.adaptive, "microbatches": microbatches, "attach": attach, "base": base}
         (loss, sums, grads), statistics = gradient_and_statistics(objective, student_config, bank, state.params, frozen, batch, **settings)
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -229,7 +236,10 @@ def _update_function(objective, student_config, bank, optimizer, microbatches, a
         finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, metrics.values()), state.finite)
         params = optax.apply_updates(state.params, updates)
         kept = bank.advance(state.kept, params, state.step + 1) if bank is not None else state.kept
-        moved = TrainState(state.step + 1, params, opt_state, finite, kept)
+        adaptive = bank.rule.advance(state.adaptive, sums) if bank is not None and bank.rule else state.adaptive
+        if adaptive:
+            metrics["extrapolation/gain"] = bank.rule.gain(state.adaptive)
+        moved = TrainState(state.step + 1, params, opt_state, finite, kept, adaptive)
         state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state.replace(finite=finite))
         if objective.diagnostics:  # beside the others: a quantity that does not exist is NaN, and no reason to stop
             metrics["diagnostics"] = objective_lib.diagnose(*statistics, grad_norm, batch.shares[0].context)

@@ -88,6 +88,8 @@ def from_config(config: Config, *, has_teacher: bool) -> Objective:
         raise ConfigError(f"config field teacher.path = '' must name a model, because {asked} needs a teacher")
     # Cross-entropy needs no teacher, and the metrics that compare with one speak of the student's own completions.
     scored = has_teacher and (bool(needing) or config.rollout.source in ("student", "mix"))
+    if config.extrapolation.adaptive and not scored:
+        raise ConfigError("config field extrapolation.adaptive = True needs a teacher that scores; give teacher.path, or use False")
     several = len(teachers.asked(config)) > 1
     return Objective(parts, config.rollout.max_new_tokens, scored, config.log.diagnostics, several)
 
@@ -320,6 +322,6 @@ def metrics(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Means per token of the sums of a whole batch."""
     tokens = jnp.maximum(sums["tokens"], 1.0)
     names = {"kl": "train/reverse_kl", "log_ratio": "train/log_ratio_mean", "entropy": "rollout/entropy"}
-    names["disagreement"] = "teacher/disagreement"
+    names |= {"disagreement": "teacher/disagreement", "scale": "extrapolation/scale"}
     losses = {f"train/{key}": value for key, value in sums.items() if key.startswith("loss_")}
     return {"train/tokens": sums["tokens"]} | {name: sums[key] / tokens for key, name in names.items() if key in sums} | losses

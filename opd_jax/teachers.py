@@ -8,6 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from opd_jax import config as config_lib
 from opd_jax.config import Config, ConfigError, Member, check_choice
 from opd_jax.data import tokenizer as tokenizer_lib
 from opd_jax.data.tasks import Example
@@ -15,7 +16,10 @@ from opd_jax.model_io import LoadedModel
 from opd_jax.models import forward
 from opd_jax.models.config import ModelConfig
 from opd_jax.models.forward import Model
+from opd_jax.numerics.extrapolation import Rule
+from opd_jax.numerics.heads import Head
 from opd_jax.numerics.targets import Target
+from opd_jax.numerics.token_stats import Signal, token_stats
 from opd_jax.types import UserError, View
 
 UPDATES = ("frozen", "live", "ema", "trust_region", "sync")
@@ -33,6 +37,7 @@ class Parameters:
     frozen: dict[str, Any]  # by member, and of the reference
     kept: Any  # a copy of the student that follows it (ema, sync); {} without one
     live: Any  # the student's own
+    gain: jax.Array | None = None  # of an adaptive extrapolation, a scalar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +53,10 @@ class Bank:
                       student, in KL(q || student), within a distance of the frozen one (Huebotter et al. 2026, SDPO, arXiv 2601.20802)
     combine, of several members: each rollout to one by its tag (route), or all of them, by weight: the geometric mixture, which is what a
     weighted sum of reverse KLs follows, or the arithmetic one, of forward KLs.
-    scale: the target is q^scale r^(1 - scale) with the reference r (Yang et al., G-OPD); 1 does not look at it.
+    confidence: members of a mixture weigh softmax_m(log w_m - H_m / confidence) at each token, H_m the entropy of a member's law there, in
+    nats at temperature 1: the certain ones count for more (confidence softmax of MAD-OPD, arXiv 2605.01347; exp(-H) of SRPO at 1). 0: w_m.
+    scale: the target is q^scale r^(1 - scale) with the reference r (Yang et al., G-OPD); 1 does not look at it. A rule gives each token a
+    scale of its own.
     """
 
     members: tuple[tuple[str, AnyModel], ...]  # (name, model)
@@ -57,7 +65,9 @@ class Bank:
     update: str = "frozen"
     rate: float = 0.0
     every: int = 1
+    confidence: float = 0.0
     scale: float = 1.0
+    rule: Rule | None = None
     normalise: bool = True  # of an extrapolated target
     reference: AnyModel | None = None
 
@@ -85,31 +95,69 @@ class Bank:
             return parameters.live
         return parameters.kept if self.keeps else parameters.frozen[self.members[0][0]]
 
-    def target(self, parameters: Parameters, view: View, student_view: View, route_B: jax.Array | None) -> Target:
-        """The law that the student is compared with on these rows; `route_B` has the number of each row's member."""
+    def target(
+        self,
+        parameters: Parameters,
+        view: View,
+        student_view: View,
+        route_B: jax.Array | None,
+        *,
+        student: Head | None = None,
+        mask_BT: jax.Array | None = None,
+    ) -> tuple[Target, dict[str, jax.Array]]:
+        """(the law that the student is compared with on these rows, what the rule of an adaptive extrapolation needs of them).
+
+        `route_B` has the number of each row's member. A rule looks at the student's own law, on the tokens of the mask.
+        """
         first = (self.main(parameters), self.members[0][1])
         laws = [first, *((parameters.frozen[name], model) for name, model in self.members[1:])]
         if self.update == "trust_region":
             laws.append((parameters.live, self.members[0][1]))
         heads = [forward.hidden(params, model, view) for params, model in laws]
-        if len(heads) == 1 and self.scale == 1:
-            return _constant(Target((heads[0],)))
-        shape = view.completion_BT.shape
-        weights = [jnp.broadcast_to(weight, shape) for weight in self._weights(route_B)]
-        if self.scale == 1:
-            pool = "logit" if self.update == "trust_region" or self.combine == "geometric" else "prob"
-            return _constant(Target(tuple(heads), jnp.stack(weights), pool, members=len(self.members)))
-        heads.append(forward.hidden(parameters.frozen[REFERENCE], self.reference, student_view))
-        weights = [self.scale * weight for weight in weights] + [jnp.full(shape, 1 - self.scale, weights[0].dtype)]
-        return _constant(Target(tuple(heads), jnp.stack(weights), "logit", self.normalise, len(self.members)))
+        weights = self._weights(heads, view.completion_BT, route_B)
+        base = self._pooled(heads, weights)
+        if self.scale == 1 and self.rule is None:
+            return _constant(base), {}
+        reference = forward.hidden(parameters.frozen[REFERENCE], self.reference, student_view)
+        scale_BT, sums = jnp.full(view.completion_BT.shape, self.scale), {}
+        if self.rule is not None:
+            scale_BT, sums = self._scales(parameters.gain, student, base, reference, view.completion_BT, mask_BT)
+        weights = [scale_BT * weight for weight in weights] + [1 - scale_BT]
+        beyond = Target((*heads, reference), jnp.stack(weights), "logit", self.normalise, len(self.members))
+        return _constant(beyond), sums
 
-    def _weights(self, route_B: jax.Array | None) -> list[jax.Array]:
-        """Of each law, [B, 1] or [1, 1]; they sum to 1."""
+    def _pooled(self, heads: list[Head], weights: list[jax.Array]) -> Target:
+        """The members' law, without a reference."""
+        if len(heads) == 1:
+            return Target((heads[0],))
+        pool = "logit" if self.update == "trust_region" or self.combine == "geometric" else "prob"
+        return Target(tuple(heads), jnp.stack(weights), pool, members=len(self.members))
+
+    def _scales(self, gain, student: Head, base: Target, reference: Head, tokens_BT: jax.Array, mask_BT: jax.Array):
+        """(lambda of each token, sums for the rule)."""
+        compare = lambda head, target, needs: jax.lax.stop_gradient(
+            token_stats(jax.lax.stop_gradient(head), target, tokens_BT, signal=Signal("nll"), needs=needs)
+        )
+        own = compare(student, base, {"logp", "target_logp"})
+        reference_logp_BT = compare(reference, None, {"logp"}).logp_BT
+        nearness_BT = self.rule.nearness(own.logp_BT, own.target_logp_BT, reference_logp_BT)
+        sums = self.rule.sums(nearness_BT, own.target_logp_BT - reference_logp_BT, mask_BT, gain)
+        return 1 + gain * nearness_BT, sums
+
+    def _weights(self, heads: list[Head], tokens_BT: jax.Array, route_B: jax.Array | None) -> list[jax.Array]:
+        """Of each law, [B, T]; they sum to 1 at each token."""
         if self.update == "trust_region":
-            return [jnp.full((1, 1), 1 - self.rate), jnp.full((1, 1), self.rate)]
-        if len(self.members) > 1 and self.combine == "route":
-            return [(route_B == number).astype(jnp.float32)[:, None] for number in range(len(self.members))]
-        return [jnp.full((1, 1), weight) for weight in self.weights]
+            each = [1 - self.rate, self.rate]
+        elif len(self.members) > 1 and self.combine == "route":
+            each = [(route_B == number).astype(jnp.float32)[:, None] for number in range(len(self.members))]
+        else:
+            each = list(self.weights)
+        each = [jnp.broadcast_to(jnp.asarray(weight, jnp.float32), tokens_BT.shape) for weight in each]
+        if not self.confidence:
+            return each
+        entropies = [token_stats(head, None, tokens_BT, signal=Signal("nll"), needs={"entropy"}).entropy_BT for head in heads]
+        scores_MBT = jnp.log(jnp.stack(each)) - jnp.stack(entropies) / self.confidence
+        return list(jax.nn.softmax(scores_MBT, axis=0))
 
     def reference_target(self, parameters: Parameters, student_view: View) -> Target:
         """The law of the reference, which reads what the student reads."""
@@ -135,10 +183,18 @@ def make_bank(config: Config, models: dict[str, AnyModel], reference: AnyModel |
         update=settings.update,
         rate=settings.rate,
         every=settings.every,
+        confidence=settings.confidence,
         scale=config.extrapolation.scale,
+        rule=rule_of(config),
         normalise=config.extrapolation.normalise,
         reference=reference,
     )
+
+
+def rule_of(config: Config) -> Rule | None:
+    """The rule of an adaptive extrapolation; None for a fixed scale."""
+    settings = config.extrapolation
+    return Rule(settings.tau, settings.max_gain) if settings.adaptive else None
 
 
 def tags(config: Config) -> tuple[str, ...]:
@@ -180,18 +236,33 @@ def check(config: Config) -> None:
             f"config field teacher.update = {settings.update!r} is for a self-teacher, teacher.path = {STUDENT_INIT!r}, not "
             f"{settings.path!r}; use 'frozen'"
         )
-    if config.extrapolation.scale != 1 and len(members) > 1 and settings.combine == "arithmetic":
+    if settings.confidence and (len(members) < 2 or settings.combine == "route"):
         raise ConfigError(
-            f"config field extrapolation.scale = {config.extrapolation.scale:g} needs one law per rollout or a geometric mixture, not "
+            f"config field teacher.confidence = {settings.confidence:g} weighs members of a mixture; use 0, or give teacher.members, and "
+            "teacher.combine = 'geometric' or 'arithmetic'"
+        )
+    _check_extrapolation(config)
+    _check_unnormalised(config)
+
+
+def _check_extrapolation(config: Config) -> None:
+    asked, settings = config.extrapolation, config.teacher
+    if asked.adaptive and asked.scale != 1:
+        raise ConfigError(
+            f"config field extrapolation.scale = {asked.scale:g} must be 1, because extrapolation.adaptive gives each token its own"
+        )
+    if config_lib.extrapolates(config) and len(settings.members) > 1 and settings.combine == "arithmetic":
+        named = "adaptive = True" if asked.adaptive else f"scale = {asked.scale:g}"
+        raise ConfigError(
+            f"config field extrapolation.{named} needs one law per rollout or a geometric mixture, not "
             "teacher.combine = 'arithmetic'; use 'route' or 'geometric'"
         )
-    _check_unnormalised(config)
 
 
 def _check_unnormalised(config: Config) -> None:
     """Log-ratios that are off by log Z of their prefix: the gradient of token credit does not see it, everything else does."""
     signal, estimator = config.signal, config.estimator
-    if config.extrapolation.scale == 1 or config.extrapolation.normalise:
+    if not config_lib.extrapolates(config) or config.extrapolation.normalise:
         return
     wanted = {
         "signal.divergence = 'reverse_kl'": signal.divergence == "reverse_kl",

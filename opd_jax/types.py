@@ -77,6 +77,7 @@ class TrainState:
     opt_state: tuple
     finite: jax.Array  # bool; once a loss or gradient is not finite, no later update changes anything
     kept: dict = flax.struct.field(default_factory=dict)  # a copy of the student that follows it, of a teacher bank that has one
+    adaptive: dict = flax.struct.field(default_factory=dict)  # scalars of the rule of an adaptive extrapolation
 
 
 def view(prompts: Prompts, rollout: Rollout) -> View:

@@ -6,6 +6,7 @@ import os
 import pathlib
 import shutil
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import models
@@ -47,6 +48,23 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
     assert (step, info) == (7, {"tokens_total": 12})
     equal(restored, state)
     assert checkpoint.newest_step(tmp_path / "c") == 7
+
+
+def test_a_state_that_lacks_later_fields_opens(tmp_path):
+    """As versions saved it before there were teacher banks and adaptive extrapolation."""
+
+    @flax.struct.dataclass
+    class Earlier:
+        step: jax.Array
+        params: dict
+        opt_state: tuple
+        finite: jax.Array
+
+    state = make_state()
+    Checkpoints(tmp_path / "c").save(7, Earlier(state.step, state.params, state.opt_state, state.finite), {})
+    restored = Checkpoints(tmp_path / "c").restore(abstract_state())[1]
+    equal(restored, state)
+    assert (restored.kept, restored.adaptive) == ({}, {})
 
 
 @pytest.mark.parametrize("saved, wanted", [((1, 1, 1), (2, 2, 2)), ((2, 2, 2), (1, 8, 1)), ((8, 1, 1), (1, 1, 1))])

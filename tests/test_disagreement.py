@@ -78,7 +78,7 @@ def test_the_metric_is_of_the_members_on_the_tokens_of_the_student():
 
     @jax.jit
     def look(batch):
-        target = bank.target(Parameters({**frozen, "reference": own}, {}, own), batch.teacher, batch.student, batch.route_B)
+        target = bank.target(Parameters({**frozen, "reference": own}, {}, own), batch.teacher, batch.student, batch.route_B)[0]
         head, tokens_BT = forward.hidden(own, config, batch.student), batch.student.completion_BT
         _, sums = objective.loss(goal, head, {"teacher": target, "reference": None}, tokens_BT, batch.mask_BT, batch.shares)
         return objective.metrics(sums), jnp.stack([jnp.einsum("btd,dv->btv", one.hidden_BTD, one.unembed_DV) for one in target.heads])
@@ -95,5 +95,6 @@ def test_a_self_teacher_is_one_member():
     parameters = Parameters({"teacher": own, "reference": own}, {}, own)
     one = Bank((("teacher", config),), update="trust_region", rate=0.1)
     for bank in (one, dataclasses.replace(one, update="frozen", scale=1.25, reference=config)):
-        target = jax.eval_shape(lambda batch, bank=bank: bank.target(parameters, batch.teacher, batch.student, None), batch_of(goal_of()))
+        law = lambda batch, bank=bank: bank.target(parameters, batch.teacher, batch.student, None)[0]
+        target = jax.eval_shape(law, batch_of(goal_of()))
         assert len(target.heads) == 2 and target.members == 1

@@ -16,6 +16,7 @@ VARIANTS = {
     "grpo": ("dr_grpo", "rloo", "dapo", "kl=0.1"),
     "gkd": ("forward_kl", "on_policy=1.0"),
     "ex_opd": ("full", "scale=1.5"),
+    "reopd": ("full", "gain=0.0"),
     "supervised_kd": ("hard=0.0,tau=1.0",),
     "thinking_machines": ("discount=0.5",),
     "kl_prefix_2x2": ("teacher,forward_kl",),
@@ -62,6 +63,7 @@ def test_arguments_are_split_between_a_file_and_the_one_that_it_builds_on():
     [
         ("thinking_machines", "", "Unbiased for the token-level reverse KL with prefixes held fixed"),
         ("ex_opd", "", "its teacher is q^1.25 r^-0.25, r the reference (extrapolation.scale=1.25)"),
+        ("reopd", "", "no fixed objective (extrapolation.adaptive=True)"),
         ("prefix_opd", "", "masking.first_only=6 leaves tokens out, which is another objective"),
         ("grpo", "", "prompts weigh by the inverse of their rewards' deviation, which includes the own rollout (reward.advantage=grpo)"),
         ("grpo", "dr_grpo", "the gradient is 1 - 1/n of it (reward.advantage=centred)"),

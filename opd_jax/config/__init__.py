@@ -45,6 +45,7 @@ from opd_jax.config.fields import (
     Study,
     Task,
     Teacher,
+    extrapolates,
     flatten,
     has_teacher,
     needs_reference,

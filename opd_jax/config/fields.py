@@ -61,6 +61,7 @@ class Teacher:
     recipe: str = ""  # without a path: configs/FILE.py[:arg] of a run that makes the teacher on first use (kept under `cache_dir`)
     members: dict[str, Member] = dataclasses.field(default_factory=Blocks)  # in place of path and recipe: several teachers by name
     combine: str = "route"  # of several members: route (each rollout to one, by its example's tag), geometric or arithmetic mixture
+    confidence: float = 0.0  # nats, of a mixture: a member of entropy H at a token weighs exp(-H / confidence) there; 0: off
     update: str = "frozen"  # of path=student_init: frozen, live (the student as it is), ema, sync or trust_region; see opd_jax/teachers.py
     rate: float = 0.05  # ema: share of the student that is taken in after an update; trust_region: share of the live student
     every: int = 1  # sync: updates between copies of the student
@@ -119,6 +120,9 @@ class Extrapolation:
     """The target is q^scale r^(1 - scale), q the teacher and r the reference (G-OPD; ExOPD beyond 1)."""
 
     scale: float = 1.0  # lambda; 1: the teacher itself, the reference is not looked at
+    adaptive: bool = False  # each token its own lambda, 1 or more, by a rule (our reading of REOPD); see numerics/extrapolation.py
+    tau: float = 0.007  # nats, adaptive: how near student and teacher must be on a token to go beyond; infinite in the limit: always
+    max_gain: float = 1.0  # adaptive: lambda - 1 is at most this
     normalise: bool = True  # by the sum over the vocabulary; False: as published, log-ratios are off by log Z of their prefix
 
 
@@ -369,9 +373,14 @@ def needs_solutions(config: Config) -> bool:
     return config.rollout.source == "dataset" or (config.rollout.source == "mix" and config.rollout.student_fraction < 1)
 
 
+def extrapolates(config: Config) -> bool:
+    """Whether the target is another than the teacher, by way of the reference."""
+    return config.extrapolation.scale != 1 or config.extrapolation.adaptive
+
+
 def needs_reference(config: Config) -> bool:
     """Whether a term of the loss refers to the reference."""
-    return config.extrapolation.scale != 1 or config.regulariser.kl > 0
+    return extrapolates(config) or config.regulariser.kl > 0
 
 
 def needs_verdicts(config: Config) -> bool:

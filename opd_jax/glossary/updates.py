@@ -36,6 +36,18 @@ def described() -> dict[str, Description]:
             "(1/M) sum_bt m_bt (1/J) sum_j KL(q_j || (1/J) sum_i q_i)(c_bt); q_j the J members of teacher.members, without the reference",
             "nats/token",
         ),
+        "extrapolation/scale": Description(
+            "mean lambda of the tokens: how far the target goes beyond the teacher (extrapolation.adaptive)",
+            "(1/M) sum_bt m_bt (1 + gamma q_bt), q_bt = exp(-(e^l - l - 1) / tau), l = l_bt",
+            "-",
+            "our reading of REOPD, arXiv 2608.11698",
+        ),
+        "extrapolation/gain": Description(
+            "gamma of this update, 0 in the first ten (extrapolation.adaptive)",
+            "clip(B_0 rho / s, 0, extrapolation.max_gain), averages of the updates before; see opd_jax/numerics/extrapolation.py",
+            "-",
+            "our reading of REOPD, arXiv 2608.11698",
+        ),
         **_rollouts(),
         **_rewards(),
         **_contexts(),
