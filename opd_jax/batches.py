@@ -8,14 +8,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from opd_jax import config as config_lib
-from opd_jax import learner, parallel, rewards, teachers
+from opd_jax import learner, parallel, rewards, routing, score, teachers
 from opd_jax.data import pipeline
 from opd_jax.data.tasks import Example, Task
 from opd_jax.data.teacher_prompts import Informed, TeacherPrompts
 from opd_jax.data.tokenizer import Tokenizer
+from opd_jax.models.config import ModelConfig
+from opd_jax.models.forward import Model
 from opd_jax.numerics.estimators import Context
 from opd_jax.objective import Objective
-from opd_jax.rewards import Judge, Judged
+from opd_jax.rewards import Judge, Judged, OwnJudge
 from opd_jax.types import Prompts, Rollout, view
 
 
@@ -25,23 +27,33 @@ class Made:
 
     batch: learner.Batch | None
     judged: Judged | None  # None: nothing in the update asks for verdicts
-    counts: dict[str, float]  # context/ metrics
+    counts: dict[str, float]  # metrics context/ and preference/
     teacher_prompts: Prompts  # what the teachers read, on the mesh
 
 
 class BatchMaker:
-    """Makes the batches of one run."""
+    """Makes the batches of one run. `judge`: in place of the task's verifier; `teacher`: the model that ranks (preference.judge)."""
 
     def __init__(
-        self, config: config_lib.Config, objective: Objective, task: Task, tokenizer: Tokenizer, inform: TeacherPrompts | None, mesh: Mesh
+        self,
+        config: config_lib.Config,
+        objective: Objective,
+        task: Task,
+        tokenizer: Tokenizer,
+        inform: TeacherPrompts | None,
+        mesh: Mesh,
+        *,
+        judge: OwnJudge | None = None,
+        teacher: ModelConfig | Model | None = None,
     ):
         self._config, self._objective, self._tokenizer = config, objective, tokenizer
-        self._inform, self._mesh = inform, mesh
-        self._judge = Judge(task)
+        self._inform, self._mesh, self._teacher = inform, mesh, teacher
+        self._judge = Judge(judge or task)
         self._route = {tag: number for number, tag in enumerate(teachers.tags(config))}
 
-    def __call__(self, prompts: pipeline.Batch, completions: Rollout) -> Made:
-        """What student and teachers read for these completions, and what looks across rows."""
+    def __call__(self, prompts: pipeline.Batch, completions: Rollout, scorer: dict | None = None) -> Made:
+        """What student and teachers read for these completions, and what looks across rows. `scorer`: parameters of the first teacher."""
+        routing.check(self._config, prompts.examples)
         judged = self.judge(prompts, completions) if config_lib.needs_verdicts(self._config) else None
         informed = self._informed(prompts, judged)
         read = prompts.teacher_prompts if informed is None else informed.prompts
@@ -51,15 +63,22 @@ class BatchMaker:
             behaviour_logp_BT=completions.behaviour_logp_BT,
             group_B=jnp.arange(len(completions.mask_BT)) // self._config.rollout.group_size,
         )
+        contexts = self._contexts(own, completions, prompts.examples, judged, informed)
+        counts = dict(informed.counts) if informed else {}
+        if self._config.preference.weight:
+            contexts["preference"] = self._preferred(own, completions, self._ranking(completions, judged, teacher, scorer))
+            counts["preference/pairs"] = float((np.asarray(contexts["preference"].sign_B) > 0).sum() / len(prompts.examples))
         batch = learner.make_batch(
             self._objective,
             view(student, completions),
             view(teacher, completions) if self._objective.has_teacher else None,
             own,
-            contexts=self._contexts(own, completions, judged, informed),
+            contexts=contexts,
             route_B=self._routes(prompts.examples),
+            compared_B=self._compared(prompts.examples),
+            domain_B=self._rows(routing.domains_P(prompts.examples)) if self._config.loss.balance == "tag" else None,
         )
-        return Made(learner.place(self._mesh, batch), judged, informed.counts if informed else {}, teacher)
+        return Made(learner.place(self._mesh, batch), judged, counts, teacher)
 
     def judge(self, prompts: pipeline.Batch, completions: Rollout) -> Judged:
         """The verdicts on a batch of completions; waits for them."""
@@ -73,20 +92,24 @@ class BatchMaker:
         attempts = judged.attempts if judged else None
         return self._inform(prompts.examples, attempts, self._config.rollout.group_size, prompts.prompts.id_B)
 
-    def _contexts(self, own: Context, completions: Rollout, judged: Judged | None, informed: Informed | None) -> dict[str, Context]:
+    def _contexts(
+        self, own: Context, completions: Rollout, examples: list[Example], judged: Judged | None, informed: Informed | None
+    ) -> dict[str, Context]:
         """Of the parts that do not learn from every token that was drawn, or that have advantages."""
         found = {}
-        distilled = self._distilled(completions, judged, informed)
+        distilled = self._distilled(completions, examples, judged, informed)
         if distilled is not None:
             found["distillation"] = found["extra"] = dataclasses.replace(own, mask_BT=own.mask_BT & distilled, drawn_BT=own.mask_BT)
         if self._config.reward.weight:
-            found["reward"] = self._rewarded(own, completions, judged)
+            found["reward"] = self._rewarded(own, completions, examples, judged)
         return found
 
-    def _distilled(self, completions: Rollout, judged: Judged | None, informed: Informed | None) -> jax.Array | None:
+    def _distilled(
+        self, completions: Rollout, examples: list[Example], judged: Judged | None, informed: Informed | None
+    ) -> jax.Array | None:
         """Which tokens the distillation terms learn from, [B, T] or [B, 1]; None: all."""
         masking, shape = self._config.masking, completions.mask_BT.shape
-        keep_B = np.ones(shape[0], bool)
+        keep_B = np.array(self._rows([routing.distilled(self._config, example) for example in examples]))
         if informed is not None:
             keep_B &= informed.context_B
         if masking.malformed == "drop":
@@ -103,23 +126,43 @@ class BatchMaker:
             return None
         return keep_BT
 
-    def _rewarded(self, own: Context, completions: Rollout, judged: Judged) -> Context:
+    def _rewarded(self, own: Context, completions: Rollout, examples: list[Example], judged: Judged) -> Context:
         settings, group_size = self._config.reward, self._config.rollout.group_size
         advantage_B = rewards.group_advantages(judged.reward_B, group_size, kind=settings.advantage)
         filters = {"filter_groups": settings.filter_groups, "mask_overlong": settings.mask_overlong}
         keep_B = rewards.term_mask(judged.reward_B, np.asarray(completions.stopped_B), group_size, **filters)
+        keep_B = keep_B & self._rows([routing.rewarded(self._config, example) for example in examples])
         if settings.only == "solved":
             keep_B = keep_B & (judged.reward_B >= 1)
         advantage_BT = jnp.broadcast_to(jnp.asarray(advantage_B, jnp.float32)[:, None], own.mask_BT.shape)
         mask_BT = own.mask_BT & jnp.asarray(keep_B)[:, None]
         return dataclasses.replace(own, mask_BT=mask_BT, drawn_BT=own.mask_BT, advantage_BT=advantage_BT)
 
+    def _ranking(self, completions: Rollout, judged: Judged | None, read: Prompts, scorer: dict | None) -> np.ndarray:
+        """[B] what the completions of a prompt are compared by: rewards, or the teacher's log-probs, after what it reads."""
+        if self._config.preference.judge == "reward":
+            return judged.reward_B
+        logp_B = np.asarray(score.logprobs(scorer, self._teacher, read, completions), np.float64).sum(1)
+        return logp_B / np.maximum(np.asarray(completions.mask_BT).sum(1), 1) if self._config.preference.judge == "teacher_mean" else logp_B
+
+    def _preferred(self, own: Context, completions: Rollout, score_B: np.ndarray) -> Context:
+        tokens_BT, mask_BT = np.asarray(completions.tokens_BT), np.asarray(completions.mask_BT)
+        partner_B, sign_B = rewards.best_and_worst(score_B, self._config.rollout.group_size, tokens_BT, mask_BT)
+        mask_BT = own.mask_BT & jnp.asarray(sign_B != 0)[:, None]
+        return dataclasses.replace(own, mask_BT=mask_BT, drawn_BT=own.mask_BT, partner_B=jnp.asarray(partner_B), sign_B=jnp.asarray(sign_B))
+
     def _routes(self, examples: list[Example]) -> jax.Array | None:
-        """Number of the member of each rollout; None where there is nothing to route."""
-        if not self._routes_rows:
-            return None
-        teachers.check_tags(self._config, examples)
-        return jnp.repeat(jnp.array([self._route[example.tag] for example in examples], jnp.int32), self._config.rollout.group_size)
+        """Number of the member of each rollout; None where there is nothing to route. Who has none is not distilled: any will do."""
+        return self._rows(np.array([self._route.get(example.tag, 0) for example in examples], np.int32)) if self._routes_rows else None
+
+    def _compared(self, examples: list[Example]) -> jax.Array | None:
+        """Which rollouts have a teacher; None: all."""
+        has_P = [routing.has_member(self._config, example) for example in examples]
+        return None if all(has_P) else self._rows(has_P)
+
+    def _rows(self, values_P) -> jax.Array:
+        """[B] what holds of each prompt's rollouts."""
+        return jnp.asarray(np.repeat(values_P, self._config.rollout.group_size))
 
     @property
     def _routes_rows(self) -> bool:

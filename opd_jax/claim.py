@@ -6,7 +6,7 @@ from opd_jax.objective import GATES, Objective, Part
 
 # Weights of the parts that stand beside the first, and what they are in words where that says all.
 _WEIGHTS = {"extra": "extra_signal.weight", "reward": "reward.weight", "labels": "loss.labels", "reference": "regulariser.kl"}
-_WEIGHTS |= {"entropy": "regulariser.entropy"}
+_WEIGHTS |= {"entropy": "regulariser.entropy", "preference": "preference.weight"}
 _PLAIN = {"labels": "the cross-entropy of the completions", "entropy": "minus the student's entropy"}
 
 
@@ -20,9 +20,12 @@ def of_run(objective: Objective, config: Config) -> str:
 def _said(part: Part, config: Config) -> str:
     if part.name in _PLAIN:
         return _PLAIN[part.name]
+    if part.name == "preference":
+        ranks = f"each prompt's best and worst completion (preference.judge={config.preference.judge})"
+        return f"the DPO loss, against the reference, of {ranks}, completions taken as data"
     if part.name == "reference":
         return f"{config.regulariser.divergence.replace('_kl', ' KL')} to the reference, token by token"
-    spoilt = _by_law(part, config) + _by_lengths(part)
+    spoilt = _by_law(part, config) + _by_lengths(part, config)
     spoilt += _by_rewards(config) if part.name == "reward" else _by_target(config) + _by_masks(config) + _by_gate(part)
     return f"{part.estimator.claim}{', but for: ' if spoilt else ''}{'; '.join(spoilt)}"
 
@@ -45,8 +48,10 @@ def _truncations(law) -> list[tuple]:
     return [("top_p", law.top_p, 1.0), ("top_k", law.top_k, 0), ("min_p", law.min_p, 0.0)]
 
 
-def _by_lengths(part: Part) -> list[str]:
-    return [f"lengths weigh completions (loss.normaliser={part.normaliser})"] if part.normaliser in ("token_mean", "sequence_mean") else []
+def _by_lengths(part: Part, config: Config) -> list[str]:
+    by_length = part.normaliser in ("token_mean", "sequence_mean")
+    spoilt = [f"lengths weigh completions (loss.normaliser={part.normaliser})"] if by_length else []
+    return spoilt + (["rollouts weigh by what others of their tag are (loss.balance=tag)"] if config.loss.balance == "tag" else [])
 
 
 def _by_target(config: Config) -> list[str]:
@@ -78,6 +83,7 @@ def _by_masks(config: Config) -> list[str]:
     masking = config.masking
     named = [f"{name}={getattr(masking, name)}" for name in ("skip_first", "first_only") if getattr(masking, name)]
     named += [f"{name}=drop" for name in ("special_tokens", "malformed", "solved") if getattr(masking, name) == "drop"]
+    named += [f"tags={masking.tags}"] if masking.tags else []
     return [f"masking.{', masking.'.join(named)} leaves tokens out, which is another objective"] if named else []
 
 
@@ -96,6 +102,8 @@ def _by_rewards(config: Config) -> list[str]:
     for name in ("filter_groups", "mask_overlong"):
         if getattr(settings, name):
             spoilt.append(f"rollouts are left out by what they turned out to be (reward.{name})")
+    if settings.tags:
+        spoilt.append(f"rollouts of some prompts alone have the term (reward.tags={settings.tags})")
     if settings.only != "all":
         spoilt.append(f"solved rollouts alone have the term (reward.only={settings.only})")
     return spoilt

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from opd_jax import checkpoint, claim, context_gap, learner, machine, metrics, parallel, rewards, rollout, teachers, trackers
+from opd_jax import checkpoint, claim, context_gap, learner, machine, metrics, parallel, rewards, rollout, routing, teachers, trackers
 from opd_jax import config as config_lib
 from opd_jax import objective as objective_lib
 from opd_jax import workdir as workdir_lib
@@ -30,6 +30,8 @@ from opd_jax.teachers import Bank, Parameters
 from opd_jax.types import TrainState, UserError
 
 log = logging.getLogger(__name__)
+
+LOOKED_AT = 1000  # training examples whose tags are looked at before the first step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +82,7 @@ def setup(
     make_model: Callable[[str, str], str],
     progress: metrics.Progress,
     own_task: tasks.Task | None = None,
+    own_judge: Callable | None = None,
 ) -> Job:
     """Refuses what can be refused before any work, then loads or restores. `make_model(recipe, cache_dir)` runs a recipe.
 
@@ -87,7 +90,7 @@ def setup(
     """
     if not os.fspath(workdir):
         raise UserError("--workdir='' is no folder; give the folder of the run")
-    parsed = tasks.with_own(parsed, own_task)
+    parsed = rewards.with_own(tasks.with_own(parsed, own_task), own_judge)
     asked, workdir = parsed, pathlib.Path(workdir)
     objective, mesh, task = _checked(parsed, workdir, own_task)
     _say_which_gradient(parsed, objective, progress)
@@ -100,7 +103,7 @@ def setup(
     student, teacher = pair.student, pair.teacher
     bank, frozen = _make_bank(parsed, pair)
     pipeline = _make_pipeline(parsed, task, pair)
-    maker = _make_batch_maker(parsed, objective, task, pair, mesh)
+    maker = _make_batch_maker(parsed, objective, task, pair, mesh, own_judge)
     evaluate = make_evaluator(parsed, mesh, task, pair)
     state, step, info = _begin_or_resume(parsed, checkpoints, pair, bank, task, optimizer, mesh)
     student = student if student.lora else dataclasses.replace(student, params={})
@@ -141,7 +144,9 @@ def _checked(config: Config, workdir: pathlib.Path, own_task: tasks.Task | None)
     task = tasks.from_config(config, own_task)
     rewards.check(config, task)
     privileged.check(config, task)
-    teachers.check_tags(config, itertools.islice(task.examples("train"), 1000))  # batches check the others
+    first = list(itertools.islice(task.examples("train"), LOOKED_AT))  # batches check the others
+    routing.check_names(config, first)
+    routing.check(config, first)
     return objective, mesh, task
 
 
@@ -172,10 +177,12 @@ def _make_bank(config: Config, pair: Pair) -> tuple[Bank | None, dict]:
     return teachers.make_bank(config, models, pair.reference and pair.reference.config), frozen
 
 
-def _make_batch_maker(config: Config, objective, task: tasks.Task, pair: Pair, mesh: Mesh) -> BatchMaker:
+def _make_batch_maker(config: Config, objective, task: tasks.Task, pair: Pair, mesh: Mesh, own_judge: Callable | None) -> BatchMaker:
     informs = objective.has_teacher and config.context.privileged.reads
     inform = TeacherPrompts(config.context.privileged, pair.teacher_prompts) if informs else None
-    return BatchMaker(config, objective, task, pair.student.tokenizer, inform, mesh)
+    judge = rewards.OwnJudge(own_judge) if own_judge else None
+    teacher = pair.teacher.config if pair.teacher else None
+    return BatchMaker(config, objective, task, pair.student.tokenizer, inform, mesh, judge=judge, teacher=teacher)
 
 
 def _begin_or_resume(

@@ -32,6 +32,7 @@ class Batch:
     mask_BT: jax.Array  # the tokens that the student, or who wrote in its place, has drawn
     shares: tuple[Share, ...]  # of the parts of the objective
     route_B: jax.Array | None = None  # number of the teacher of each row, where there are several
+    compared_B: jax.Array | None = None  # False on rows that no teacher is for, of which the metrics say nothing; None: on none
 
 
 def make_batch(
@@ -42,11 +43,16 @@ def make_batch(
     *,
     contexts: dict[str, Context] | None = None,
     route_B: jax.Array | None = None,
+    compared_B: jax.Array | None = None,
+    domain_B: jax.Array | None = None,
 ) -> Batch:
-    """Adds the weights and global denominators of the parts' normalisers. `contexts`: of parts that have one of their own, by name."""
+    """Adds the weights and global denominators of the parts' normalisers. `contexts`: of parts that have one of their own, by name.
+
+    `domain_B`: numbers of domains, of which each is to have the same share of a part's weights (loss.balance).
+    """
     own = contexts or {}
-    shares = tuple(objective_lib.share(part, own.get(part.name, context), objective.max_length) for part in objective.parts)
-    return Batch(student, teacher, context.mask_BT, shares, route_B)
+    shares = (objective_lib.share(part, own.get(part.name, context), objective.max_length, domain_B) for part in objective.parts)
+    return Batch(student, teacher, context.mask_BT, tuple(shares), route_B, compared_B)
 
 
 def make_schedule(settings: config_lib.Learner, steps: int) -> optax.Schedule:
@@ -155,7 +161,7 @@ def gradient_and_statistics(
         def loss(params):
             head, targets, seen = read(params, micro)
             tokens_BT = micro.student.completion_BT
-            value, sums = objective_lib.loss(objective, head, targets, tokens_BT, micro.mask_BT, micro.shares)
+            value, sums = objective_lib.loss(objective, head, targets, tokens_BT, micro.mask_BT, micro.shares, micro.compared_B)
             return value, (sums | seen, objective_lib.look(objective, head, targets["teacher"], tokens_BT))
 
         (value, (sums, stats)), grads = jax.value_and_grad(loss, has_aux=True)(params)
@@ -192,7 +198,8 @@ def _heads(objective: objective_lib.Objective, student_config, bank: Bank | None
         parameters = jax.lax.stop_gradient(Parameters(frozen, whole(kept) if bank.keeps else {}, own, gain))
         if micro.teacher is not None:
             views = (micro.teacher, micro.student, micro.route_B)
-            targets["teacher"], seen = bank.target(parameters, *views, student=student, mask_BT=micro.mask_BT)
+            compared_BT = micro.mask_BT if micro.compared_B is None else micro.mask_BT & micro.compared_B[:, None]
+            targets["teacher"], seen = bank.target(parameters, *views, student=student, mask_BT=compared_BT)
         if objective.has_reference:
             targets["reference"] = bank.reference_target(parameters, micro.student)
     return student, targets, seen

@@ -23,7 +23,7 @@ class Part:
     w and Z are the normaliser's, by the mask alone; g are the gate's weights.
     """
 
-    name: str  # distillation, extra, reward, labels, reference or entropy
+    name: str  # distillation, extra, reward, preference, labels, reference or entropy
     estimator: Estimator
     coefficient: float = 1.0
     normaliser: str = "token_mean"
@@ -106,6 +106,9 @@ def _parts(config: Config) -> tuple[Part, ...]:
     if reward.weight:
         built = _from_numerics(lambda: estimators.rewarded.build(clip_low=reward.clip_low, clip_high=reward.clip_high, **warm))
         parts.append(Part("reward", built, reward.weight, loss.normaliser))
+    if config.preference.weight:
+        built = _from_numerics(lambda: estimators.preference.build(beta=config.preference.beta, **warm))
+        parts.append(Part("preference", built, config.preference.weight, masked.PAIR_MEAN, "reference"))
     if loss.labels:
         parts.append(Part("labels", _from_numerics(lambda: estimators.build(Signal("nll"), "token", 1.0)), loss.labels, loss.normaliser))
     if regulariser.kl:
@@ -115,7 +118,10 @@ def _parts(config: Config) -> tuple[Part, ...]:
         built = _from_numerics(lambda: estimators.build(Signal("negative_entropy", **warm), "token", 1.0))
         parts.append(Part("entropy", built, regulariser.entropy, loss.normaliser))
     if not parts:
-        raise ConfigError("config field signal.weight = 0 leaves no loss; give it, reward.weight, loss.labels or regulariser.kl a value")
+        raise ConfigError(
+            "config field signal.weight = 0 leaves no loss; give it, reward.weight, preference.weight, loss.labels or "
+            "regulariser.kl a value"
+        )
     return tuple(parts)
 
 
@@ -201,9 +207,14 @@ class Share:
     denominator: jax.Array
 
 
-def share(part: Part, context: Context, max_length: int) -> Share:
-    """With the weights and the global denominator of the part's normaliser."""
-    return Share(context, *masked.normaliser(part.normaliser, context.mask_BT, max_length=max_length))
+def share(part: Part, context: Context, max_length: int, domain_B: jax.Array | None = None) -> Share:
+    """With the weights and the global denominator of the part's normaliser; `domain_B`: whose domains are to have equal shares of it."""
+    weights_BT, denominator = masked.normaliser(part.normaliser, context.mask_BT, max_length=max_length)
+    if domain_B is not None:
+        mass_B = jnp.sum(weights_BT, axis=1)
+        mass_B = (mass_B > 0).astype(mass_B.dtype) if part.normaliser == masked.PAIR_MEAN else mass_B  # a pair counts once, however long
+        weights_BT = masked.balanced(weights_BT, mass_B, domain_B)
+    return Share(context, weights_BT, denominator)
 
 
 def loss(
@@ -213,8 +224,12 @@ def loss(
     tokens_BT: jax.Array,
     mask_BT: jax.Array,
     shares: tuple["Share", ...],
+    compared_B: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """(what these rows add to the loss, masked sums for the metrics); those of microbatches add up. `shares` are those of the parts."""
+    """(what these rows add to the loss, masked sums for the metrics); those of microbatches add up. `shares` are those of the parts.
+
+    `compared_B`: the rows that have a teacher; None: all.
+    """
     found, shown = _statistics(objective, student, targets, tokens_BT)
     values = []
     for part, stats, share in zip(objective.parts, found, shares, strict=True):
@@ -224,7 +239,7 @@ def loss(
         loss_B = estimators.loss_B(stats, dataclasses.replace(term, mask_BT=term.mask_BT * weights_BT))
         value = jnp.sum(loss_B) / share.denominator
         values.append(value if part.coefficient == 1 else part.coefficient * value)
-    sums = _sums(shown, mask_BT)
+    sums = _sums(shown, mask_BT, compared_B)
     if len(values) > 1:
         sums |= {f"loss_{part.name}": value for part, value in zip(objective.parts, values, strict=True)}
     return sum(values[1:], values[0]), jax.lax.stop_gradient(sums)
@@ -270,13 +285,17 @@ def prepared(objective: Objective, found: list[Stats], shares: tuple[Share, ...]
 
 
 def _prepared(part: Part, stats: Stats, context: Context) -> Context:
-    if not part.estimator.looks_across or context.baseline_BT is not None:
+    there = context.baseline_BT is not None or context.delta_B is not None
+    if there or not part.estimator.looks_across:
         return context
     return part.estimator.prepare(jax.lax.stop_gradient(stats), context)
 
 
-def _sums(stats: Stats, mask_BT: jax.Array) -> dict[str, jax.Array]:
+def _sums(stats: Stats, mask_BT: jax.Array, compared_B: jax.Array | None) -> dict[str, jax.Array]:
     sums = {"tokens": jnp.sum(mask_BT, dtype=jnp.float32), "entropy": masked.masked_sum(stats.entropy_BT, mask_BT)}
+    if compared_B is not None:
+        mask_BT = mask_BT & compared_B[:, None]
+        sums["compared"] = jnp.sum(mask_BT, dtype=jnp.float32)
     if stats.kl_BT is not None:
         sums["kl"] = masked.masked_sum(stats.kl_BT, mask_BT)
         sums["log_ratio"] = masked.masked_sum(stats.target_logp_BT - stats.logp_BT, mask_BT)
@@ -321,7 +340,9 @@ def diagnose(stats: Stats, square_M: jax.Array | None, grad_norm: jax.Array, con
 def metrics(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Means per token of the sums of a whole batch."""
     tokens = jnp.maximum(sums["tokens"], 1.0)
-    names = {"kl": "train/reverse_kl", "log_ratio": "train/log_ratio_mean", "entropy": "rollout/entropy"}
-    names |= {"disagreement": "teacher/disagreement", "scale": "extrapolation/scale"}
+    compared = jnp.maximum(sums["compared"], 1.0) if "compared" in sums else tokens
+    names = {"kl": "train/reverse_kl", "log_ratio": "train/log_ratio_mean", "disagreement": "teacher/disagreement"}
+    names["scale"] = "extrapolation/scale"
     losses = {f"train/{key}": value for key, value in sums.items() if key.startswith("loss_")}
-    return {"train/tokens": sums["tokens"]} | {name: sums[key] / tokens for key, name in names.items() if key in sums} | losses
+    means = {name: sums[key] / compared for key, name in names.items() if key in sums}
+    return {"train/tokens": sums["tokens"], "rollout/entropy": sums["entropy"] / tokens} | means | losses

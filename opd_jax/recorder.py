@@ -12,6 +12,7 @@ import numpy as np
 from opd_jax import context_gap, cost, machine, rewards, rollout
 from opd_jax.batches import Made
 from opd_jax.data.pipeline import Batch
+from opd_jax.data.tasks import Example
 from opd_jax.diagnostics import Diagnostics
 from opd_jax.job import Job
 from opd_jax.metrics import Progress
@@ -159,11 +160,12 @@ class Recorder:
             "cost/scored_tokens_total": self._info["scored_tokens"],
             **pending.made.counts,
         }
+        record |= _token_shares(prompts.examples, np.asarray(completions.mask_BT))
         if config.rollout.source == "mix":
             record["rollout/on_policy"] = int(writer == "student")
         if pending.annotated is not None:
             self.job.writer.samples(self.job.samples.lines(pending.step, prompts, pending.annotated))
-        if self.job.task.verifiable and writer != "dataset":
+        if (self.job.task.verifiable or config.reward.judge) and writer != "dataset":
             judged = pending.made.judged or self.job.make_batch.judge(prompts, completions)
             record["rollout/reward"] = float(judged.reward_B.mean())
             record |= rewards.metrics(judged, config.rollout.group_size)
@@ -199,6 +201,13 @@ class Recorder:
         self.job.trackers.flush()
         self.job.checkpoints.save(self.step, self.state.replace(finite=jnp.ones_like(self.state.finite)), self._info)
         self._saved_step = self.step
+
+
+def _token_shares(examples: list[Example], mask_BT: np.ndarray) -> dict[str, float]:
+    """Of each tag, where examples have tags."""
+    tokens_P = mask_BT.reshape(len(examples), -1).sum(1)
+    tags = np.array([example.tag for example in examples])
+    return {f"train/token_share/{tag}": float(tokens_P[tags == tag].sum() / tokens_P.sum()) for tag in sorted(set(tags.tolist())) if tag}
 
 
 def _accounts(job: Job) -> Callable[[str], cost.Account]:

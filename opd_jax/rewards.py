@@ -6,7 +6,7 @@ Rows are rollouts; those of one prompt are `group_size` rows that follow each ot
 import dataclasses
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from opd_jax import files
 from opd_jax.config import Config, ConfigError, check_choice, needs_verdicts, own_draws
 from opd_jax.data import tasks
 from opd_jax.data.privileged import Attempt
-from opd_jax.data.tasks import Example, Task
+from opd_jax.data.tasks import Example, Task, Verdict
 from opd_jax.types import UserError, one_line
 
 log = logging.getLogger(__name__)
@@ -33,10 +33,42 @@ class Judged:
 
 
 @dataclasses.dataclass(frozen=True)
+class OwnJudge:
+    """A user's function (example, text) -> reward or Verdict, in the place of a task's verifier."""
+
+    function: Callable[[Example, str], float | Verdict]
+
+    @property
+    def name(self) -> str:
+        return getattr(self.function, "__name__", type(self.function).__name__)
+
+    @property
+    def parallel(self) -> bool:
+        return getattr(self.function, "parallel", False)
+
+    def verify(self, example: Example, text: str) -> Verdict:
+        verdict = self.function(example, text)
+        return verdict if isinstance(verdict, Verdict) else Verdict(float(verdict))
+
+
+def with_own(config: Config, judge: Callable | None) -> Config:
+    """The config that names a user's own judge. Raises UserError for one that cannot be called, or that is named and not given."""
+    if judge is None:
+        if config.reward.judge:
+            raise ConfigError(
+                f"config field reward.judge = {config.reward.judge!r} is no function; give it as train.run(..., judge=...), which names it"
+            )
+        return config
+    if not callable(judge):
+        raise UserError(f"judge = {judge!r} cannot be called; give a function (example, text) -> reward or Verdict")
+    return dataclasses.replace(config, reward=dataclasses.replace(config.reward, judge=f"{tasks.OWN}{OwnJudge(judge).name}"))
+
+
+@dataclasses.dataclass(frozen=True)
 class _Guarded:
     """A task whose `verify` gives an attempt, or what went wrong: one completion must not end a run."""
 
-    task: Task
+    task: Task | OwnJudge
 
     @property
     def parallel(self) -> bool:
@@ -54,7 +86,7 @@ class _Guarded:
             return one_line(f"{type(error).__name__}: {files.reason(error)}")
 
 
-def judge(task: Task, examples_B: Sequence[Example], texts_B: Sequence[str]) -> Judged:
+def judge(task: Task | OwnJudge, examples_B: Sequence[Example], texts_B: Sequence[str]) -> Judged:
     """A verdict per completion. Where `verify` raises, or gives no finite number, the reward is 0, without feedback, and is counted."""
     found = tasks.verify_many(_Guarded(task), examples_B, texts_B)
     reasons = [one for one in found if isinstance(one, str)]
@@ -66,13 +98,14 @@ def judge(task: Task, examples_B: Sequence[Example], texts_B: Sequence[str]) -> 
 class Judge:
     """judge() for one run: the first error of its verifier is logged, the others are only counted."""
 
-    def __init__(self, task: Task):
+    def __init__(self, task: Task | OwnJudge):
         self._task, self._logged = task, False
 
     def __call__(self, examples_B: Sequence[Example], texts_B: Sequence[str]) -> Judged:
         judged = judge(self._task, examples_B, texts_B)
         if judged.errors and not self._logged:
-            log.warning("the verifier of task %s fails (%s); such completions get reward 0", self._task.name, judged.reason)
+            whose = "judge" if isinstance(self._task, OwnJudge) else "verifier of task"
+            log.warning("the %s %s fails (%s); such completions get reward 0", whose, self._task.name, judged.reason)
             self._logged = True
         return judged
 
@@ -138,16 +171,34 @@ def term_mask(
     return mask_B & np.asarray(stopped_B, bool) if mask_overlong else mask_B
 
 
+def best_and_worst(score_B: np.ndarray, group_size: int, tokens_BT: np.ndarray, mask_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(number of the other row [B], sign [B]) of the pairs: the first of the highest score of each group, and of the lowest.
+
+    The sign is 1 for the best, -1 for the worst, 0 for all others. No pair where both have one score, or are one completion (whose scores
+    may differ by a rounding).
+    """
+    score_PG = np.asarray(score_B, np.float64).reshape(-1, group_size)
+    first_P = np.arange(len(score_PG)) * group_size
+    best_P, worst_P = first_P + score_PG.argmax(1), first_P + score_PG.argmin(1)
+    written_BT = np.where(mask_BT, tokens_BT, -1)
+    differs_P = ~_all_equal(score_PG) & (written_BT[best_P] != written_BT[worst_P]).any(1)
+    best_P, worst_P = best_P[differs_P], worst_P[differs_P]
+    partner_B, sign_B = np.arange(len(score_B), dtype=np.int32), np.zeros(len(score_B), np.float32)
+    partner_B[best_P], partner_B[worst_P] = worst_P, best_P
+    sign_B[best_P], sign_B[worst_P] = 1, -1
+    return partner_B, sign_B
+
+
 def check(config: Config, task: Task) -> None:
     """Refuses, before any work, what the config asks of verdicts and the task cannot give. Raises ConfigError."""
     settings, group_size = config.reward, config.rollout.group_size
     check_choice("reward.advantage", settings.advantage, ADVANTAGES)
     if not needs_verdicts(config):
         return
-    if not task.verifiable:
+    if not (task.verifiable or settings.judge):
         raise ConfigError(
-            f"config field task.name = {task.name!r} has no verifier, which reward.weight = {settings.weight:g}, masking or "
-            "context.privileged.reads ask for; choose another task, or leave them at their defaults"
+            f"config field task.name = {task.name!r} has no verifier, which reward.weight = {settings.weight:g}, preference.judge, masking "
+            "or context.privileged.reads ask for; choose another task, give train.run a judge, or leave them at their defaults"
         )
     if settings.weight and not own_draws(config):
         raise ConfigError(

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 
@@ -11,16 +11,25 @@ from opd_jax import checkpoint
 from opd_jax import config as config_lib
 from opd_jax.cli import Interrupted, StopRequest
 from opd_jax.config.loading import load_config
-from opd_jax.data.tasks import Task
+from opd_jax.data.tasks import Example, Task, Verdict
 from opd_jax.job import setup
 from opd_jax.metrics import Progress
 from opd_jax.recorder import Recorder
 
 
-def run(config, workdir, *, task: Task | None = None, stop: StopRequest | None = None, progress: Progress | None = None) -> Iterator[dict]:
+def run(
+    config,
+    workdir,
+    *,
+    task: Task | None = None,
+    judge: Callable[[Example, str], float | Verdict] | None = None,
+    stop: StopRequest | None = None,
+    progress: Progress | None = None,
+) -> Iterator[dict]:
     """Starts or resumes the run of a ConfigDict (what `get_config` returns); yields one record per step, `step` 0 first.
 
-    `task`: a task of your own in place of the config's (opd_jax/data/tasks/README.md); to resume, give it again.
+    `task`: a task of your own in place of the config's (opd_jax/data/tasks/README.md). `judge(example, text)`: a reward or a Verdict, in
+    place of the task's verifier wherever an update asks for rewards; evaluation is the verifier's. To resume, give them again.
 
     What is yielded is already in metrics.jsonl. Leaving the loop early saves the state. Raises UserError, before any work, for
     a config or workdir that cannot be used; Interrupted once `stop` is set; FloatingPointError when a loss or gradient is not finite. The
@@ -29,7 +38,7 @@ def run(config, workdir, *, task: Task | None = None, stop: StopRequest | None =
     progress = progress or Progress(quiet=True)
     parsed = config_lib.parse(config)
     recipes = functools.partial(make_model, stop=stop, progress=progress)
-    job = setup(parsed, workdir, make_model=recipes, progress=progress, own_task=task)
+    job = setup(parsed, workdir, make_model=recipes, progress=progress, own_task=task, own_judge=judge)
     recorder = Recorder(job, progress)
     try:
         progress.begin(job.config.steps, done=job.step)
@@ -39,8 +48,9 @@ def run(config, workdir, *, task: Task | None = None, stop: StopRequest | None =
                 raise Interrupted(stop.signum)
             with jax.set_mesh(job.mesh):
                 prompts = job.pipeline.batch(step)
-                completions = job.rollouts(job.policy(recorder.state.params), job.scorer(recorder.state), prompts, step)
-                made = job.make_batch(prompts, completions)
+                scorer = job.scorer(recorder.state)
+                completions = job.rollouts(job.policy(recorder.state.params), scorer, prompts, step)
+                made = job.make_batch(prompts, completions, scorer)
                 annotated = recorder.annotate(step + 1, prompts, completions, made)
                 recorder.state, measured = job.update(recorder.state, job.frozen, made.batch, job.student.params)
             yield from recorder.record(step + 1, prompts, completions, made, measured, annotated)

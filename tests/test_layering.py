@@ -28,6 +28,7 @@ rollout
 checkpoint
 model_io
 teachers
+routing
 pair
 objective
 claim learner

@@ -22,6 +22,8 @@ VARIANTS = {
     "kl_prefix_2x2": ("teacher,forward_kl",),
     "seq_kd": ("greedy",),
     "lsm": ("keep", "k=4"),
+    "dpo": ("teacher_mean", "reward"),
+    "rl_opd": ("convex", "route", "kdrl,share=0.1"),
 }
 CASES = [(path, arg) for path in METHODS for arg in ("", *VARIANTS.get(path.stem, ()))]
 
@@ -71,6 +73,9 @@ def test_arguments_are_split_between_a_file_and_the_one_that_it_builds_on():
         ("grpo", "kl=0.1", "; beside it regulariser.kl=0.1 of: reverse KL to the reference, token by token"),
         ("supervised_kd", "", "; beside it loss.labels=0.5 of: the cross-entropy of the completions"),
         ("grpo", "rloo", "tokens that have moved far from the law that wrote them have no gradient (reward.clip_low, clip_high)"),
+        ("dpo", "reward", "the DPO loss, against the reference, of each prompt's best and worst completion (preference.judge=reward)"),
+        ("rl_opd", "route", "solved rollouts alone have the term (reward.only=solved)"),
+        ("rl_opd", "convex,share=0.25", "; beside it reward.weight=0.25 of: Unbiased for minus the gradient of the expected reward"),
         ("minillm", "", "drawn from the mixture with the teacher, corrected by estimator.importance=token"),
     ],
 )

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from opd_jax.config.fields import Architecture, Config, Signal, flatten, has_teacher, own_draws
+from opd_jax.config.fields import Architecture, Config, Signal, flatten, has_teacher, needs_solutions, own_draws
 from opd_jax.types import UserError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text")  # what student.init can make
@@ -40,7 +40,7 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         task.train_size task.eval_size task.seed student.init.head_dim student.lora.rank study.exact_parameters learner.weight_decay
         learner.clip_norm signal.weight loss.labels reward.weight reward.clip_low reward.clip_high regulariser.kl masking.skip_first
         masking.first_only extrapolation.scale signal.clip gate.threshold gate.gain extra_signal.weight extra_signal.k extra_signal.clip
-        extra_signal.gate.threshold extra_signal.gate.gain extrapolation.max_gain teacher.confidence """
+        extra_signal.gate.threshold extra_signal.gate.gain extrapolation.max_gain teacher.confidence preference.weight """
         + " ".join(f"student.init.{name}" for name in _EXPERT_FIELDS),
         lambda value: value >= 0,
         "must be 0 or more",
@@ -48,7 +48,7 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("seed task.seed", lambda value: value < 2**31, "must be below 2**31"),
     (
         """learner.learning_rate loss.student_temperature loss.teacher_temperature learner.eps student.lora.alpha
-        student.init.initializer_range extrapolation.tau""",
+        student.init.initializer_range extrapolation.tau preference.beta""",
         lambda value: value > 0,
         "must be above 0",
     ),
@@ -84,6 +84,8 @@ def validate(config: Config) -> None:
     _check_range(flatten(config))
     check_choice("rollout.source", config.rollout.source, ("student", "teacher", "dataset", "mix", "dagger"))
     check_choice("reward.only", config.reward.only, ("all", "solved"))
+    check_choice("preference.judge", config.preference.judge, ("teacher", "teacher_mean", "reward"))
+    check_choice("loss.balance", config.loss.balance, ("none", "tag"))
     check_choice("regulariser.divergence", config.regulariser.divergence, ("reverse_kl", "forward_kl"))
     for name in ("special_tokens", "malformed", "solved"):
         check_choice(f"masking.{name}", getattr(config.masking, name), ("keep", "drop"))
@@ -117,6 +119,7 @@ def validate(config: Config) -> None:
     span = learner.decay_steps or config.steps
     _require(learner.warmup_steps <= span, "learner.warmup_steps", learner.warmup_steps, f"must be at most the schedule's {span} steps")
     _check_teacher(config)
+    _check_preference(config)
     _check_context(config)
     lora, base = config.student.lora, config.student.path or config.student.recipe
     _require(not lora.rank or bool(base), "student.lora.rank", lora.rank, "needs weights to adapt, but student.path and recipe are empty")
@@ -174,7 +177,21 @@ def _check_teacher(config: Config) -> None:
     _require(fits, "rollout.source", source, f"must be 'student', because {own} needs draws of the student{remedy}")
     greedy = config.rollout.temperature == 0 or config.rollout.top_k == 1
     own = f"reward.weight = {config.reward.weight:g}" if config.reward.weight else own
+    own = f"preference.weight = {config.preference.weight:g}" if config.preference.weight else own
     _require(not (greedy and own), "rollout.temperature", config.rollout.temperature, f"is greedy, but {own} needs draws from the policy")
+
+
+def _check_preference(config: Config) -> None:
+    settings, rollout = config.preference, config.rollout
+    if not settings.weight:
+        return
+    asked = f"because preference.weight = {settings.weight:g}"
+    _require(rollout.group_size > 1, "rollout.group_size", rollout.group_size, f"must be at least 2, {asked} compares rollouts of a prompt")
+    _require(not needs_solutions(config), "rollout.source", rollout.source, f"has one completion of a prompt, {asked} compares several")
+    ranks = f"preference.judge = {settings.judge!r}"
+    _require(settings.judge == "reward" or has_teacher(config), "teacher.path", "", f"must name a model, because {ranks} asks it")
+    members = len(config.teacher.members)
+    _require(settings.judge == "reward" or members < 2, "preference.judge", settings.judge, f"is one teacher, and there are {members}")
 
 
 def _own_draws(block: str, signal: Signal) -> str:

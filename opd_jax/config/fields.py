@@ -144,7 +144,20 @@ class Reward:
     clip_high: float = 0.0  # PPO: nor one above 1 + clip_high where A > 0; 0: no clipping
     filter_groups: bool = False  # leave out prompts whose rollouts all have the same reward (DAPO)
     mask_overlong: bool = False  # leave out completions that max_new_tokens cut off (DAPO)
+    judge: str = ""  # empty: the task's verifier; own:NAME, which train.run(judge=...) writes: that function, for all but evaluation
     only: str = "all"  # which rollouts have the term: all, or solved (those with a reward of 1)
+    tags: str = ""  # tags of the examples whose rollouts have the term, with commas between them; empty: all
+
+
+@dataclasses.dataclass(frozen=True)
+class Preference:
+    """DPO on the completions of a prompt: -weight / pairs sum log sigmoid(Delta), the best of a group against its worst."""
+
+    weight: float = 0.0  # 0: no such term
+    beta: float = 0.1  # of Delta = beta [(log pi - log r)(best) - (log pi - log r)(worst)], r the reference; log-probs are sums over tokens
+    # teacher: its log-prob of the whole completion, which favours short ones; teacher_mean: per token; reward: of the verifier, or of
+    # train.run(judge=...); where the best equals the worst there is no pair
+    judge: str = "teacher"  # by whose ranking
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +176,7 @@ class Masking:
     special_tokens: str = "keep"  # keep, or drop the tokens that the tokenizer calls special (stop tokens among them)
     malformed: str = "keep"  # keep, or drop completions that are no answer in the task's format
     solved: str = "keep"  # keep, or drop completions with a reward of 1
+    tags: str = ""  # tags of the examples that are distilled, with commas between them; empty: all; others need no teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,6 +229,8 @@ class Loss:
     teacher_temperature: float = 1.0  # softmax temperature of the teacher in the loss
     normaliser: str = "token_mean"  # token_mean, sequence_mean, sequence_sum, constant; denominators are global
     labels: float = 0.0  # weight of the cross-entropy of the completion itself, a term of its own (hard labels beside soft ones)
+    # tag: the weights of each term's tokens are scaled, so that each tag of the batch has the same share of their sum
+    balance: str = "none"  # of domains whose completions have different lengths: none or tag
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,6 +356,7 @@ class Config:
     extrapolation: Extrapolation = Extrapolation()
     reference: Reference = Reference()
     reward: Reward = Reward()
+    preference: Preference = Preference()
     regulariser: Regulariser = Regulariser()
     masking: Masking = Masking()
     loss: Loss = Loss()
@@ -380,13 +397,19 @@ def extrapolates(config: Config) -> bool:
 
 def needs_reference(config: Config) -> bool:
     """Whether a term of the loss refers to the reference."""
-    return extrapolates(config) or config.regulariser.kl > 0
+    return extrapolates(config) or config.regulariser.kl > 0 or config.preference.weight > 0
 
 
 def needs_verdicts(config: Config) -> bool:
     """Whether an update looks at what the verifier says of its completions."""
-    judged = {"feedback", "sibling"} & {kind.strip() for kind in config.context.privileged.reads.split(",")}
-    return bool(judged) or config.reward.weight > 0 or "drop" in (config.masking.malformed, config.masking.solved)
+    judged = {"feedback", "sibling"} & set(names_in(config.context.privileged.reads))
+    ranked = config.preference.weight > 0 and config.preference.judge == "reward"
+    return bool(judged) or ranked or config.reward.weight > 0 or "drop" in (config.masking.malformed, config.masking.solved)
+
+
+def names_in(listed: str) -> tuple[str, ...]:
+    """The names of a field that takes several, with commas between them."""
+    return tuple(name.strip() for name in listed.split(",") if name.strip())
 
 
 def flatten(config: Config | dict, prefix: str = "") -> dict[str, Any]:

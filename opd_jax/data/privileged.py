@@ -258,7 +258,7 @@ def check(config: config_lib.Config, task: Task) -> None:
     if "critique" in kinds:
         raise ConfigError(f"{reads}: no source of a run writes critiques; leave it out (gather() takes one from a script)")
     for kind in _JUDGED:
-        if kind in kinds and not task.verifiable:
+        if kind in kinds and not (task.verifiable or config.reward.judge):
             raise ConfigError(f"{reads}: {kind} needs rewards, but task.name = {config.task.name!r} has no verifier; choose another task")
     gold = [kind for kind in _GOLD if kind in kinds]
     if gold and all(example.solution is None for example in itertools.islice(task.examples("train"), _LOOKED_AT)):

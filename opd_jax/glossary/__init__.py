@@ -9,7 +9,7 @@ from opd_jax.glossary.description import Description as Description
 # A metric with one of these in its name depends on the clock; all others are reproducible bit for bit on one machine.
 CLOCK = ("time/", "per_second", "memory")
 # Metrics that come once more for each domain or kind, NAME/TAG: as many as the examples have tags, or the teacher reads kinds.
-FAMILIES = ("eval/accuracy", "eval/sampled_accuracy", "context/accuracy", "context/gold_logp")
+FAMILIES = ("eval/accuracy", "eval/sampled_accuracy", "train/token_share", "context/accuracy", "context/gold_logp")
 FAMILIES += ("context/gold_gain", "context/gold_gain_low", "context/gold_gain_high")
 
 NOTATION = (

@@ -19,7 +19,8 @@ def described() -> dict[str, Description]:
         "train/learning_rate": Description("learning rate of this update", "schedule(n - 1)", "-"),
         **_parts(),
         "train/reverse_kl": Description(
-            "reverse KL to the teacher on the student's own completions (rollout.source = student; mix: in on-policy steps)",
+            "reverse KL to the teacher on the student's own completions (rollout.source = student; mix: in on-policy steps), of examples "
+            "that have a teacher",
             "(1/M) sum_bt m_bt K_bt",
             "nats/token",
         ),
@@ -30,6 +31,17 @@ def described() -> dict[str, Description]:
             "nats/token",
         ),
         "train/tokens": Description("completion tokens of this step, whichever parts of the loss learn from them", "M", "tokens"),
+        "train/token_share/TAG": Description(
+            "share of the examples of one tag in the completion tokens of this step, before loss.balance, where examples have tags",
+            "(1/M) sum_bt m_bt 1[the example of b has the tag]",
+            "fraction",
+        ),
+        "preference/pairs": Description(
+            "share of prompts whose best and worst completion differ in what preference.judge says, and so are a pair",
+            "(1/N) sum_g 1[max_b s_b > min_b s_b, b of g, in two different completions], N groups of rollout.group_size, s of "
+            "preference.judge",
+            "fraction",
+        ),
         "teacher/disagreement": Description(
             "disagreement of several teachers on this step's completions, whatever their weights or routes: generalised Jensen-Shannon "
             "divergence, from 0 to log J",
@@ -98,6 +110,7 @@ def _parts() -> dict[str, Description]:
         "distillation": "divergence from the teacher, or advantages from its log-ratios (signal, estimator)",
         "extra": "a second divergence from the teacher (extra_signal)",
         "reward": "advantages of the verifier's rewards (reward.weight); only its gradient counts",
+        "preference": "mean of -log sigmoid(Delta) over pairs, Delta as in preference.beta, scaled by its weight",
         "labels": "cross-entropy of the completions themselves (loss.labels)",
         "reference": "divergence from the reference (regulariser.kl)",
         "entropy": "minus the student's entropy (regulariser.entropy)",

@@ -3,6 +3,7 @@
 from opd_jax.numerics.estimators.base import TARGETS, Context, Estimator, Term, loss_B
 from opd_jax.numerics.estimators.building import build
 from opd_jax.numerics.estimators.local import Local, LogRatioLoss, LogRatioReward, MultiSample
+from opd_jax.numerics.estimators.preference import Preference
 from opd_jax.numerics.estimators.registry import REGISTRY
 from opd_jax.numerics.estimators.rewarded import Rewarded
 from opd_jax.numerics.estimators.score import LocalToGo, ScoreFunction
@@ -17,6 +18,7 @@ __all__ = [
     "LogRatioLoss",
     "LogRatioReward",
     "MultiSample",
+    "Preference",
     "Rewarded",
     "ScoreFunction",
     "Term",

@@ -32,7 +32,7 @@ TARGETS = {
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["mask_BT", "behaviour_logp_BT", "group_B", "baseline_BT", "advantage_BT", "drawn_BT"],
+    data_fields=["mask_BT", "behaviour_logp_BT", "group_B", "baseline_BT", "advantage_BT", "drawn_BT", "partner_B", "sign_B", "delta_B"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +45,10 @@ class Context:
     baseline_BT: jax.Array | None = None  # nats, of an estimator that looks across rows: see Estimator.prepare
     advantage_BT: jax.Array | None = None  # of an estimator whose advantages are given: rewards
     drawn_BT: jax.Array | None = None  # 1 on all tokens that were drawn, where the mask has not all of them; None: the mask
+    # Of pairs of completions, for Preference:
+    partner_B: jax.Array | None = None  # number of the other row of the pair, in the whole batch
+    sign_B: jax.Array | None = None  # 1: preferred to its partner, -1: its partner is preferred, 0: in no pair
+    delta_B: jax.Array | None = None  # nats, the margin of the pair, which both rows share: see Estimator.prepare
 
     def log_ratios(self, logp_BT: jax.Array) -> jax.Array:
         """log rho_t to the law that sampled, [B, T], constant: of every token that was drawn, learnt from or not."""
@@ -105,7 +109,7 @@ class Estimator(abc.ABC):
 
     @property
     def looks_across(self) -> bool:
-        """Whether a row's term depends on other rows, by `context.baseline_BT`."""
+        """Whether a row's term depends on other rows, by `context.baseline_BT` or `context.delta_B`."""
         return False
 
     def prepare(self, stats: Stats, context: Context) -> Context:
