@@ -36,12 +36,21 @@ def described() -> dict[str, Description]:
             "(1/M) sum_bt m_bt 1[the example of b has the tag]",
             "fraction",
         ),
-        "preference/pairs": Description(
-            "share of prompts whose best and worst completion differ in what preference.judge says, and so are a pair",
-            "(1/N) sum_g 1[max_b s_b > min_b s_b, b of g, in two different completions], N groups of rollout.group_size, s of "
-            "preference.judge",
-            "fraction",
+        **_teachers(),
+        **_rollouts(),
+        **_rewards(),
+        **_contexts(),
+        "time/step_seconds": Description(
+            "wall time of this step, without evaluations and checkpoints", "t(step finished on the device) - t(the one before)", "s"
         ),
+        "time/total_seconds": Description("time spent in steps since the run began", "sum of time/step_seconds over steps 1 ... n", "s"),
+        **_costs(),
+    }
+
+
+def _teachers() -> dict[str, Description]:
+    """Of several teachers, and of targets beyond one."""
+    return {
         "teacher/disagreement": Description(
             "disagreement of several teachers on this step's completions, whatever their weights or routes: generalised Jensen-Shannon "
             "divergence, from 0 to log J",
@@ -60,14 +69,6 @@ def described() -> dict[str, Description]:
             "-",
             "our reading of REOPD, arXiv 2608.11698",
         ),
-        **_rollouts(),
-        **_rewards(),
-        **_contexts(),
-        "time/step_seconds": Description(
-            "wall time of this step, without evaluations and checkpoints", "t(step finished on the device) - t(the one before)", "s"
-        ),
-        "time/total_seconds": Description("time spent in steps since the run began", "sum of time/step_seconds over steps 1 ... n", "s"),
-        **_costs(),
     }
 
 
@@ -187,9 +188,14 @@ def _costs() -> dict[str, Description]:
 
 
 def _rewards() -> dict[str, Description]:
-    """Of tasks with a verifier; the groups are the rollouts of one prompt."""
+    """Of tasks with a verifier, and of preferences; the groups are the rollouts of one prompt."""
     groups = "N groups of rollout.group_size"
     return {
+        "preference/pairs": Description(
+            "share of prompts whose best and worst completion differ in what preference.judge says, and so are a pair",
+            f"(1/N) sum_g 1[max_b s_b > min_b s_b, b of g, in two different completions], {groups}, s of preference.judge",
+            "fraction",
+        ),
         "reward/equal_groups": Description(
             "share of prompts whose completions all have the same reward, so that none has an advantage",
             f"(1/N) sum_g 1[r_b = r_c for all b, c of g], {groups}",
