@@ -16,6 +16,8 @@ VARIANTS = {
     "grpo": ("dr_grpo", "rloo", "dapo", "kl=0.1"),
     "gkd": ("forward_kl", "on_policy=1.0"),
     "ex_opd": ("full", "scale=1.5"),
+    "mopd": ("reward=0.5", "scale=1.25,keep=shift"),
+    "pooled": ("arithmetic", "confidence"),
     "reopd": ("full", "gain=0.0"),
     "supervised_kd": ("hard=0.0,tau=1.0",),
     "thinking_machines": ("discount=0.5",),
@@ -40,7 +42,8 @@ def claim_of(path, arg=""):
 @pytest.mark.parametrize("path, arg", CASES, ids=str)
 def test_a_method_parses_with_every_field_and_says_its_gradient(path, arg):
     config = load_config(f"{path}:{arg}")
-    assert set(config_lib.flatten(config.to_dict())) == set(config_lib.flatten(config_lib.Config()))
+    fields = {name for name in config_lib.flatten(config.to_dict()) if not name.startswith("teacher.members.")}
+    assert fields == set(config_lib.flatten(config_lib.Config()))
     assert claim_of(path, arg)
 
 
@@ -66,6 +69,8 @@ def test_arguments_are_split_between_a_file_and_the_one_that_it_builds_on():
         ("thinking_machines", "", "Unbiased for the token-level reverse KL with prefixes held fixed"),
         ("ex_opd", "", "its teacher is q^1.25 r^-0.25, r the reference (extrapolation.scale=1.25)"),
         ("reopd", "", "no fixed objective (extrapolation.adaptive=True)"),
+        ("mopd", "", "its teacher is the teacher of the example's tag (teacher.combine=route)"),
+        ("pooled", "confidence", "members weigh by their certainty at each token (teacher.confidence=1)"),
         ("prefix_opd", "", "masking.first_only=6 leaves tokens out, which is another objective"),
         ("grpo", "", "prompts weigh by the inverse of their rewards' deviation, which includes the own rollout (reward.advantage=grpo)"),
         ("grpo", "dr_grpo", "the gradient is 1 - 1/n of it (reward.advantage=centred)"),
@@ -89,6 +94,18 @@ def test_the_soft_term_of_hinton_keeps_its_gradient():
     assert (config.signal.weight, config.loss.labels) == (0.75 * 9, 0.25)
     only = parsed(ROOT / "configs" / "methods" / "supervised_kd.py", "hard=1.0")
     assert [part.name for part in objective.from_config(only, has_teacher=True).parts] == ["labels"]
+
+
+@pytest.mark.slow
+def test_experts_extrapolated_beside_the_student_as_it_was(tmp_path, monkeypatch, tmp_path_factory):
+    """Each row has its own member; that of the skill without an expert is the reference too, beyond which there is nothing."""
+    monkeypatch.chdir(ROOT)
+    c = load_config("configs/methods/mopd.py:scale=1.25,skills=reverse,keep=shift,tiny")
+    assert c.teacher.members["shift"].path == "student_init" and c.task.skills == "reverse,shift"
+    c.cache_dir, c.steps, c.task.skills = str(tmp_path_factory.getbasetemp() / "models"), 1, "shift"
+    found = list(train.run(c, tmp_path / "run"))[-1]
+    assert abs(found["train/log_ratio_mean"]) < 1e-6 and abs(found["train/reverse_kl"]) < 1e-6
+    assert found["teacher/disagreement"] > 1e-4  # the other member is another model
 
 
 @pytest.mark.slow
