@@ -41,6 +41,9 @@ def _by_law(part: Part, config: Config) -> list[str]:
         spoilt = []
     if law.source == "dagger" and asked not in ("cumulative", "sequence"):
         spoilt.append(f"completions are drawn from the mixture with the teacher, corrected by estimator.importance={asked}")
+    if law.source == "corrected":
+        chosen = "before the student's worst token, which its draws decide" if law.cut == "worst" else "at a random place"
+        spoilt.append(f"prefixes are the student's up to a cut {chosen}, then the teacher's (rollout.source=corrected, cut={law.cut})")
     return spoilt
 
 

@@ -51,10 +51,12 @@ class Account:
 def account(writer: str, student: int, trained: int, teacher: int | None, *, scored: bool) -> Account:
     """Of steps whose completions `writer` wrote (student, teacher, dataset, or dagger: the first two together, each reading all tokens).
 
-    `student` and `teacher` are parameters; `scored`: the teacher reads the completions.
+    corrected is counted as dagger is, as if what the student wrote behind the cut had as many tokens as what took its place. `student` and
+    `teacher` are parameters; `scored`: the teacher reads the completions.
     """
-    generators = {"student": (student, 0), "teacher": (0, teacher), "dagger": (student, teacher), "dataset": (0, 0)}[writer]
-    return Account(student, trained, (teacher,) if scored else (), *generators)
+    both = (student, teacher)
+    generators = {"student": (student, 0), "teacher": (0, teacher), "dataset": (0, 0)} | {"dagger": both, "corrected": both}
+    return Account(student, trained, (teacher,) if scored else (), *generators[writer])
 
 
 def parameters(config: ModelConfig | Model, params: Any) -> int:

@@ -199,7 +199,7 @@ def _begin_or_resume(
 def _say_which_gradient(config: Config, objective: objective_lib.Objective, progress: metrics.Progress) -> None:
     """The claim of the estimator; a warning where completions come from another law than the policy in the loss, of which claims speak."""
     corrected = config.rollout.source == "dagger" and config.estimator.importance != "none"
-    if config_lib.own_draws(config) or corrected:
+    if config_lib.own_draws(config) or corrected or config.rollout.source == "corrected":
         progress.phase(f"gradient: {claim.of_run(objective, config)}")
     asked, whole = config.rollout, config_lib.Rollout()
     law = {name: getattr(asked, name) for name in ("top_p", "top_k", "min_p") if getattr(asked, name) != getattr(whole, name)}

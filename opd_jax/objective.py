@@ -184,7 +184,7 @@ def _estimator(config: Config) -> Estimator:
         raise ConfigError(
             f"config field estimator.baseline = 'leave_one_out' needs rollout.group_size of at least 2, not {config.rollout.group_size}"
         )
-    if asked.importance != "none" and needs_solutions(config):
+    if asked.importance != "none" and (needs_solutions(config) or config.rollout.source == "corrected"):
         raise ConfigError(
             f"config field estimator.importance = {asked.importance!r} needs the law that wrote the completions, which rollout.source = "
             f"{config.rollout.source!r} does not give; use 'none', or rollout.source = 'student', 'teacher' or 'dagger'"

@@ -147,7 +147,8 @@ class Recorder:
         self._info["tokens_total"] += drawn
         prompt, teacher_prompt = (int(np.asarray(read.mask_BS).sum()) for read in (prompts.prompts, pending.made.teacher_prompts))
         read = {"prompt": prompt, "teacher_prompt": teacher_prompt, "completion": int(standing_BT.sum())}
-        work = self._accounts(writer).work(**read, drawn=drawn)
+        # Of corrected completions the student's beginning was sampled too, though it is not learnt from.
+        work = self._accounts(writer).work(**read, drawn=None if writer == "corrected" else drawn)
         for name, amount in work._asdict().items():
             self._info[name] += amount
         record = {

@@ -1,4 +1,4 @@
-"""Where completions come from: sample() from any model, sample_mixture() from two, and the rollout sources of a config."""
+"""Where completions come from: sample() from any model, sample_mixture() and sample_corrected() from two, and the sources of a config."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from opd_jax import config as config_lib
-from opd_jax import parallel, sampler
+from opd_jax import parallel, sampler, score
 from opd_jax.data import pipeline
 from opd_jax.data.tasks import Example
 from opd_jax.data.tokenizer import Tokenizer
@@ -86,6 +86,46 @@ def sample_mixture(
     return sampler.sample_mixture_tokens(*models, beta=jnp.float32(beta), key=key, **settings, pad_id=model_config.pad_token_id or 0)
 
 
+CUTS = ("random", "worst")
+_OF_CUTS, _OF_CORRECTIONS = 0xC07, 0xC0E  # folded into a key, give those of the uniforms that choose cuts, and of the teacher's draws
+
+
+def sample_corrected(
+    params: dict,
+    model_config: ModelConfig,
+    prompts: Prompts,
+    teacher_params: dict,
+    teacher_config: ModelConfig,
+    teacher_prompts: Prompts,
+    *,
+    cut: str,
+    key: jax.Array,
+    **settings,
+) -> Rollout:
+    """Completions that the student writes and the teacher, after a prompt of its own, goes on with from a cut: it corrects the rest.
+
+    cut "random" is uniform over the tokens of the student's completion, its stop token included; "worst" is before the token with the
+    lowest log q - log pi (teacher q, student pi, at temperature 1). The tokens before the cut stay and are given; `mask_BT` and the
+    log-probs are those of the teacher's tokens. The student writes what `sample` draws from it; the draws of the cut and of the teacher
+    have keys of their own. `settings` are those of `sample`. Raises UserError as `sample`, and for a cut that does not exist.
+
+    Sources: the expert takes over from a state of the learner as in DAgger (Ross, Gordon and Bagnell 2011), but goes on to the end in place
+    of labelling one action; speculative knowledge distillation (SKD) replaces token by token.
+    """
+    if cut not in CUTS:
+        raise UserError(f"cut = {cut!r} is not known; valid: {', '.join(CUTS)}")
+    written = sample(params, model_config, prompts, key=key, **settings)
+    if cut == "random":
+        place_B = sampler.uniforms(jax.random.fold_in(key, _OF_CUTS), prompts.id_B, jnp.int32(0))
+        lengths_B = written.mask_BT.sum(1, dtype=jnp.int32)
+        kept_B = jnp.minimum((place_B * lengths_B).astype(jnp.int32), lengths_B - 1)
+    else:
+        ratio_BT = score.logprobs(teacher_params, teacher_config, teacher_prompts, written) - written.logp_BT
+        kept_B = jnp.argmin(jnp.where(written.mask_BT, ratio_BT, jnp.inf), axis=1).astype(jnp.int32)
+    own = {"key": jax.random.fold_in(key, _OF_CORRECTIONS), "given": sampler.Given(written.tokens_BT, kept_B)}
+    return sample(teacher_params, teacher_config, teacher_prompts, **own, **settings)
+
+
 def _checked(given: tuple | None, rows: int, max_new_tokens: int) -> sampler.Given | None:
     if given is None:
         return None
@@ -131,7 +171,7 @@ def check_solutions(examples: Sequence[Example], source: str) -> None:
 
 
 def writer(settings: config_lib.Rollout, seed: int, step: int) -> str:
-    """Who writes the completions of a step (from 0): student, teacher, dataset or dagger. A function of its arguments: a resume repeats it.
+    """Who writes the completions of a step (from 0): a name of rollout.source but mix. A function of its arguments: a resume repeats it.
 
     With source=mix the student writes with probability `student_fraction`, and otherwise the data set, a whole step at a time (Agarwal et
     al. 2024, GKD, algorithm 1).
@@ -164,6 +204,10 @@ def make_source(
         beta = teacher_share(settings, step)
         return sample_mixture(params, student, own, teacher_params, teacher, theirs, beta=beta, key=key_of(step), **law)
 
+    def corrected(params: dict, teacher_params: dict, batch: pipeline.Batch, step: int) -> Rollout:
+        own, theirs = parallel.shard_batch((batch.prompts, batch.teacher_prompts), mesh)
+        return sample_corrected(params, student, own, teacher_params, teacher, theirs, cut=settings.cut, key=key_of(step), **law)
+
     def dataset(_, __, batch: pipeline.Batch, step: int) -> Rollout:
         check_solutions(batch.examples, settings.source)
         texts = [example.solution for example in batch.examples for _ in range(settings.group_size)]
@@ -175,6 +219,7 @@ def make_source(
         "student": lambda params, _, batch, step: sampled(student, params, batch.prompts, step),
         "teacher": lambda _, params, batch, step: sampled(teacher, params, batch.teacher_prompts, step),
         "dagger": dagger,
+        "corrected": corrected,
         "dataset": dataset,
     }
     return lambda params, teacher_params, batch, step: writers[writer(settings, seed, step)](params, teacher_params, batch, step)

@@ -36,7 +36,7 @@ def test_who_writes_is_a_function_of_seed_and_step():
         share = [rollout.writer(settings_of(source="mix", student_fraction=fraction), 0, step) == "student" for step in range(2000)]
         assert abs(np.mean(share) - fraction) <= 4 * np.sqrt(fraction * (1 - fraction) / 2000)
     assert {rollout.writer(mix, 0, step) for step in range(16)} == {"student", "dataset"}
-    for source in ("student", "teacher", "dataset", "dagger"):
+    for source in ("student", "teacher", "dataset", "dagger", "corrected"):
         assert {rollout.writer(settings_of(source=source), 0, step) for step in range(16)} == {source}
 
 
@@ -226,6 +226,7 @@ RUNS = {
     "mix": {"rollout__source": "mix", "signal__divergence": "jsd", "log__diagnostics": True},
     "dagger": {"rollout__source": "dagger", "rollout__beta": 0.6, "rollout__beta_decay": 0.5, "rollout__round": 2}
     | {"signal__support": "sampled", "estimator__importance": "cumulative", "estimator__credit": "to_go"},
+    "corrected": {"rollout__source": "corrected", "signal__divergence": "nll"},
 }
 
 
@@ -245,7 +246,7 @@ def test_leaving_early_and_resuming_equals_one_run(source, teacher, tmp_path):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
     assert (workdir / "samples.jsonl").read_text() == (tmp_path / "whole" / "samples.jsonl").read_text()
     of_own = ("train/reverse_kl", "train/log_ratio_mean", "diag/ess_token")
-    if source == "dagger":
+    if source != "mix":
         assert not {"rollout/on_policy", *of_own} & {name for record in whole for name in record}
         return
     own = [record["rollout/on_policy"] for record in whole]

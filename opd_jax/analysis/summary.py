@@ -24,6 +24,7 @@ METHODS = {
     "dataset": "fine-tuning on the task's solutions (SFT)",
     "mix": "distillation on its own samples and the task's solutions in turn (GKD)",
     "dagger": "distillation on samples that the teacher has a part in (DAgger)",
+    "corrected": "distillation on the teacher's continuations of its own beginnings",
 }
 SIGNALS = {"nll": "negative log-likelihood", "reverse_kl": "reverse KL", "forward_kl": "forward KL", "jsd": "Jensen-Shannon divergence"}
 
@@ -170,7 +171,7 @@ def _what(group: Group) -> str:
         part = f", k = {c['signal.k']}, tail {c['signal.tail']}" if c["signal.support"].startswith("topk") else ""
         signal += " over the whole vocabulary" if c["signal.support"] == "full" else f" ({c['signal.support']} support{part})"
     credit = "" if c["estimator.credit"] == "token" else f", credit {c['estimator.credit']}"
-    learns = c["rollout.source"] in ("teacher", "dagger") or c["signal.divergence"] != "nll"
+    learns = c["rollout.source"] in ("teacher", "dagger", "corrected") or c["signal.divergence"] != "nll"
     teacher = f" from {name}" if learns and (name := _model(c, "teacher")) else ""
     prompts = f" ({c['task.train_size']:,} training prompts)" if c["task.train_size"] else ""
     done = _one_or_range([run.step for run in group.runs])

@@ -82,7 +82,8 @@ def _require(condition: bool, name: str, value: Any, valid: str) -> None:
 def validate(config: Config) -> None:
     """Refuses values out of range and fields that contradict each other. Raises ConfigError."""
     _check_range(flatten(config))
-    check_choice("rollout.source", config.rollout.source, ("student", "teacher", "dataset", "mix", "dagger"))
+    check_choice("rollout.source", config.rollout.source, ("student", "teacher", "dataset", "mix", "dagger", "corrected"))
+    check_choice("rollout.cut", config.rollout.cut, ("random", "worst"))
     check_choice("reward.only", config.reward.only, ("all", "solved"))
     check_choice("preference.judge", config.preference.judge, ("teacher", "teacher_mean", "reward"))
     check_choice("loss.balance", config.loss.balance, ("none", "tag"))
@@ -151,14 +152,14 @@ def _check_experts(init: Architecture) -> None:
 
 def _check_teacher(config: Config) -> None:
     source = config.rollout.source
+    writes = source in ("dagger", "teacher", "corrected")
     _require(
-        has_teacher(config) or source not in ("teacher", "dagger"),
+        has_teacher(config) or not writes,
         "teacher.path",
         "",
         f"must name a model, because rollout.source = {source!r} needs a teacher",
     )
     members = ", ".join(config.teacher.members)
-    writes = source in ("dagger", "teacher")
     _require(not writes or len(config.teacher.members) < 2, "rollout.source", source, f"is one teacher's, not that of {members}")
     reads = config.context.privileged.reads
     _require(not reads or has_teacher(config), "context.privileged.reads", reads, "needs a teacher to read it; set teacher.path")

@@ -97,12 +97,15 @@ class Context:
 @dataclasses.dataclass(frozen=True)
 class Rollout:
     # student (on-policy), teacher (SeqKD), dataset (SFT); mix: the student in some steps, the data set in the others (GKD); dagger: the
-    # teacher some tokens, the student the others (DAgger without aggregation; with beta_decay=1 the teacher-mixed sampling of MiniLLM)
+    # teacher some tokens, the student the others (DAgger without aggregation; with beta_decay=1 the teacher-mixed sampling of MiniLLM);
+    # corrected: the student up to a cut, the teacher the rest, whose tokens alone are learnt from
     source: str = "student"  # who writes the completions
     student_fraction: float = 0.5  # source=mix: probability with which a step's completions are the student's (lambda of GKD)
     beta: float = 0.2  # source=dagger: probability with which the teacher writes a token, in the first round
     beta_decay: float = 1.0  # source=dagger: factor of beta from round to round; 0: the teacher writes in the first round alone
     round: int = 1  # source=dagger: updates of a round
+    # source=corrected: random (uniform over the student's tokens), or worst (before the one with the lowest log q - log pi)
+    cut: str = "random"  # where the teacher takes over
     batch_size: int = 64  # rollouts per step
     group_size: int = 1  # rollouts per prompt; divides batch_size
     max_new_tokens: int = 64  # tokens per completion at most, stop token included

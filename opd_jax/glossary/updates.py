@@ -173,7 +173,7 @@ def _costs() -> dict[str, Description]:
             f"floating-point operations of all updates (sampling, teacher, training), without diagnostics and evaluations{resumed}",
             "sum over steps 1 ... n and completions of 2 N_g (x + T) + 2 N_q (x' + T) + 6 N (x + T); T tokens of the completion, x and x' "
             "of its prompt as student and teacher read it; N, N_g and N_q parameters of the student, of the model that samples (0: a data "
-            "set; a teacher reads x'; dagger: a term for each of the two), and of the teacher where it scores; with an adapter "
+            "set; a teacher reads x'; dagger, corrected: a term for each of the two), and of the teacher where it scores; with an adapter "
             "4 N + 2 N_adapter for 6 N",
             "FLOPs",
             "Kaplan et al. 2020, Scaling Laws for Neural Language Models, 2.1; here the output projection counts",
