@@ -82,9 +82,14 @@ class BatchMaker:
 
     def judge(self, prompts: pipeline.Batch, completions: Rollout) -> Judged:
         """The verdicts on a batch of completions; waits for them."""
+        return self._judge(
+            [example for example in prompts.examples for _ in range(self._config.rollout.group_size)], self.texts(completions)
+        )
+
+    def texts(self, completions: Rollout) -> list[str]:
+        """All that stands in the completions, whoever wrote it."""
         standing_BT, tokens_BT = np.asarray(completions.standing_BT), np.asarray(completions.tokens_BT)
-        texts = [self._tokenizer.decode(tokens[standing].tolist()) for tokens, standing in zip(tokens_BT, standing_BT, strict=True)]
-        return self._judge([example for example in prompts.examples for _ in range(self._config.rollout.group_size)], texts)
+        return [self._tokenizer.decode(tokens[standing].tolist()) for tokens, standing in zip(tokens_BT, standing_BT, strict=True)]
 
     def _informed(self, prompts: pipeline.Batch, judged: Judged | None) -> Informed | None:
         if self._inform is None:

@@ -12,7 +12,7 @@ import numpy as np
 import scipy.stats
 from jax.sharding import Mesh
 
-from opd_jax import injected, parallel, sampler, scores, wording
+from opd_jax import environments, injected, parallel, sampler, scores, wording
 from opd_jax.data import pipeline, tasks
 from opd_jax.data.tasks import Example, Task
 from opd_jax.model_io import LoadedModel
@@ -20,6 +20,7 @@ from opd_jax.models import forward
 from opd_jax.models.config import ModelConfig
 from opd_jax.numerics.token_stats import Signal, Target, token_stats
 from opd_jax.rollout import sample
+from opd_jax.turns import Turns
 from opd_jax.types import Prompts, Rollout, UserError, view
 
 # Draws of an evaluation depend on the seed alone, never on the step: evaluations of one run are paired.
@@ -42,6 +43,7 @@ class Evaluator:
     seed: int
     mesh: Mesh
     inject_error: bool = False  # measure recovery after an error: one more greedy pass
+    turns: Turns | None = None  # how completions are written where the task has an environment
 
     def __call__(self, params: dict) -> dict[str, float]:
         """All `eval/` metrics of a student with these parameters."""
@@ -71,6 +73,8 @@ class Evaluator:
         ids = _token_ids(rollouts)
         texts = [self.student.tokenizer.decode(row) for row in ids]
         metrics = wording.metrics(ids, texts, samples=self.samples, stop_ids=self.student.tokenizer.eos_ids)
+        if self.turns is not None:
+            metrics["eval/turns"], metrics["eval/call_errors"] = environments.counts(self.turns.environment, texts)
         if not self.task.verifiable:
             return metrics
         rewards_PK = self._judge(texts)
@@ -152,15 +156,18 @@ class Evaluator:
         greedy = purpose == GREEDY
         results = []
         for real, prompts in self._batches(1 if greedy else self.samples):
-            rollout = sample(
+            read = prompts[purpose == TEACHER]
+            write = functools.partial(
+                sample,
                 params,
                 config,
-                prompts[purpose == TEACHER],
+                read,
                 key=key,
                 max_new_tokens=self.max_new_tokens,
                 temperature=0.0 if greedy else 1.0,
                 stop_ids=self.student.tokenizer.eos_ids,
             )
+            rollout = write() if self.turns is None else self.turns.write(write, read.id_B, self.max_new_tokens)
             results.append((prompts, rollout, real))
         return results
 

@@ -117,7 +117,7 @@ def setup(
         bank=bank,
         frozen=frozen,
         pipeline=pipeline,
-        rollouts=_make_source(parsed, student, teacher, mesh),
+        rollouts=_make_source(parsed, student, teacher, task, mesh),
         make_batch=maker,
         objective=objective,
         schedule=learner.make_schedule(parsed.learner, parsed.steps),
@@ -142,6 +142,7 @@ def _checked(config: Config, workdir: pathlib.Path, own_task: tasks.Task | None)
     trackers.check(config.log)
     mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     task = tasks.from_config(config, own_task)
+    tasks.check_turns(config, task)
     rewards.check(config, task)
     privileged.check(config, task)
     first = list(itertools.islice(task.examples("train"), LOOKED_AT))  # batches check the others
@@ -246,7 +247,7 @@ def _make_pipeline(config: Config, task: tasks.Task, pair: Pair) -> Pipeline:
     return pipeline
 
 
-def _make_source(config: Config, student: LoadedModel, teacher: LoadedModel | None, mesh: Mesh) -> rollout.Source:
+def _make_source(config: Config, student: LoadedModel, teacher: LoadedModel | None, task: tasks.Task, mesh: Mesh) -> rollout.Source:
     return rollout.make_source(
         config.rollout,
         tokenizer=student.tokenizer,
@@ -254,6 +255,7 @@ def _make_source(config: Config, student: LoadedModel, teacher: LoadedModel | No
         teacher=teacher.config if teacher else None,
         seed=config.seed,
         mesh=mesh,
+        environment=tasks.environment_of(task),
     )
 
 
@@ -288,6 +290,7 @@ def make_evaluator(config: Config, mesh: Mesh, task: tasks.Task, pair: Pair) -> 
         seed=config.seed,
         mesh=mesh,
         inject_error=config.eval.inject_error,
+        turns=rollout.make_turns(config.rollout, tasks.environment_of(task), pair.student.tokenizer, mesh),
     )
     evaluator.check()
     return evaluator

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax import context_gap, cost, machine, rewards, rollout
+from opd_jax import context_gap, cost, environments, machine, rewards, rollout
 from opd_jax.batches import Made
+from opd_jax.data import tasks
 from opd_jax.data.pipeline import Batch
 from opd_jax.data.tasks import Example
 from opd_jax.diagnostics import Diagnostics
@@ -164,6 +165,9 @@ class Recorder:
         record |= _token_shares(prompts.examples, np.asarray(completions.mask_BT))
         if config.rollout.source == "mix":
             record["rollout/on_policy"] = int(writer == "student")
+        if config.rollout.max_turns > 1 and writer != "dataset":
+            texts, environment = self.job.make_batch.texts(completions), tasks.environment_of(self.job.task)
+            record["rollout/turns"], record["rollout/call_errors"] = environments.counts(environment, texts)
         if pending.annotated is not None:
             self.job.writer.samples(self.job.samples.lines(pending.step, prompts, pending.annotated))
         if (self.job.task.verifiable or config.reward.judge) and writer != "dataset":

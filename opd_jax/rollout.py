@@ -1,5 +1,6 @@
 """Where completions come from: sample() from any model, sample_mixture() and sample_corrected() from two, and the sources of a config."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -12,7 +13,9 @@ from opd_jax import parallel, sampler, score
 from opd_jax.data import pipeline
 from opd_jax.data.tasks import Example
 from opd_jax.data.tokenizer import Tokenizer
+from opd_jax.environments import Environment
 from opd_jax.models.config import ModelConfig
+from opd_jax.turns import Turns
 from opd_jax.types import Prompts, Rollout, UserError
 
 # (student parameters, teacher parameters, batch of prompts, step) -> completions
@@ -155,10 +158,17 @@ def _check(model_config: ModelConfig, prompts: Prompts, max_new_tokens: int) -> 
         )
 
 
-def from_completions(tokens_BT: jax.Array, mask_BT: jax.Array, stopped_B: jax.Array, id_B: jax.Array) -> Rollout:
+def from_completions(
+    tokens_BT: jax.Array, mask_BT: jax.Array, stopped_B: jax.Array, id_B: jax.Array, present_BT: jax.Array | None = None
+) -> Rollout:
     """A rollout of completions that no model of ours sampled: both log-probs are 0, the law being unknown."""
     zeros_BT = jnp.zeros(tokens_BT.shape, jnp.float32)
-    return Rollout(tokens_BT, mask_BT, zeros_BT, zeros_BT, id_B, stopped_B)
+    return Rollout(tokens_BT, mask_BT, zeros_BT, zeros_BT, id_B, stopped_B, present_BT)
+
+
+def make_turns(settings: config_lib.Rollout, environment: Environment | None, tokenizer: Tokenizer, mesh: Mesh) -> Turns | None:
+    """How completions are written with the environment of a task; None without one, or where it is not asked."""
+    return Turns(environment, tokenizer, settings.max_turns, mesh) if environment is not None and settings.max_turns > 1 else None
 
 
 def check_solutions(examples: Sequence[Example], source: str) -> None:
@@ -187,9 +197,17 @@ def teacher_share(settings: config_lib.Rollout, step: int) -> float:
 
 
 def make_source(
-    settings: config_lib.Rollout, *, tokenizer: Tokenizer, student: ModelConfig, teacher: ModelConfig | None, seed: int, mesh: Mesh
+    settings: config_lib.Rollout,
+    *,
+    tokenizer: Tokenizer,
+    student: ModelConfig,
+    teacher: ModelConfig | None,
+    seed: int,
+    mesh: Mesh,
+    environment: Environment | None = None,
 ) -> Source:
-    """The rollout source of a config. Call it under `jax.set_mesh(mesh)`."""
+    """The rollout source of a config. Call it under `jax.set_mesh(mesh)`. `environment`: of the task, if it has one."""
+    turns = make_turns(settings, environment, tokenizer, mesh)
     law = {name: getattr(settings, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "min_p")}
     law["stop_ids"] = tokenizer.eos_ids
 
@@ -197,7 +215,8 @@ def make_source(
         return jax.random.fold_in(jax.random.key(seed), step)
 
     def sampled(model_config: ModelConfig, params: dict, prompts: Prompts, step: int) -> Rollout:
-        return sample(params, model_config, parallel.shard_batch(prompts, mesh), key=key_of(step), **law)
+        write = functools.partial(sample, params, model_config, parallel.shard_batch(prompts, mesh), key=key_of(step), **law)
+        return write() if turns is None else turns.write(write, prompts.id_B, settings.max_new_tokens)
 
     def dagger(params: dict, teacher_params: dict, batch: pipeline.Batch, step: int) -> Rollout:
         own, theirs = parallel.shard_batch((batch.prompts, batch.teacher_prompts), mesh)
@@ -211,9 +230,13 @@ def make_source(
     def dataset(_, __, batch: pipeline.Batch, step: int) -> Rollout:
         check_solutions(batch.examples, settings.source)
         texts = [example.solution for example in batch.examples for _ in range(settings.group_size)]
-        tokens_BT, mask_BT, stopped_B = pipeline.encode_completions(texts, tokenizer, max_new_tokens=settings.max_new_tokens)
-        arrays = parallel.shard_batch((tokens_BT, mask_BT, stopped_B, batch.prompts.id_B), mesh)
-        return from_completions(*arrays)
+        size = {"max_new_tokens": settings.max_new_tokens}
+        if environment is None:
+            tokens_BT, mask_BT, stopped_B = pipeline.encode_completions(texts, tokenizer, **size)
+            present_BT = None
+        else:
+            tokens_BT, mask_BT, stopped_B, present_BT = pipeline.encode_turns(texts, environment, tokenizer, **size)
+        return from_completions(*parallel.shard_batch((tokens_BT, mask_BT, stopped_B, batch.prompts.id_B, present_BT), mesh))
 
     writers = {
         "student": lambda params, _, batch, step: sampled(student, params, batch.prompts, step),

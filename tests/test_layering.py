@@ -24,6 +24,7 @@ data
 rewards
 sampler
 score
+turns
 rollout
 checkpoint
 model_io

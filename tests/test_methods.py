@@ -24,6 +24,7 @@ VARIANTS = {
     "kl_prefix_2x2": ("teacher,forward_kl",),
     "seq_kd": ("greedy",),
     "corrected": ("worst,forward_kl",),
+    "tools": ("drop,reward=0.5", "teacher", "student", "level=5"),
     "lsm": ("keep", "k=4"),
     "dpo": ("teacher_mean", "reward"),
     "rl_opd": ("convex", "route", "kdrl,share=0.1"),
@@ -84,6 +85,7 @@ def test_arguments_are_split_between_a_file_and_the_one_that_it_builds_on():
         ("rl_opd", "convex,share=0.25", "; beside it reward.weight=0.25 of: Unbiased for minus the gradient of the expected reward"),
         ("corrected", "", "the student's up to a cut at a random place, then the teacher's (rollout.source=corrected, cut=random)"),
         ("corrected", "worst,reverse_kl", "before the student's worst token, which its draws decide"),
+        ("tools", "drop", "masking.malformed=drop leaves tokens out, which is another objective"),
         ("minillm", "", "drawn from the mixture with the teacher, corrected by estimator.importance=token"),
     ],
 )

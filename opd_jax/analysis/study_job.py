@@ -23,6 +23,8 @@ MOST_LENGTH = max(length for length in range(1, 20) if VOCABULARY**length <= enu
 def run(config: Config, workdir: str | os.PathLike, *, make_model: Callable[[str, str], str], progress: Progress) -> study_tables.Result:
     """The tables of a validated config. `make_model(recipe, cache_dir)` runs a recipe. Raises UserError, before any work."""
     shadows, settings, plan = study_conditions.from_config(config)
+    if config.rollout.max_turns > 1:
+        raise ConfigError(f"config field rollout.max_turns = {config.rollout.max_turns}: a study samples completions of one turn; use 1")
     if study_conditions.enumerable(config):
         return _enumerable(config, workdir, shadows, settings, plan)
     mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)

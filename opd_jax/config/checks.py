@@ -31,7 +31,7 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         mesh.tensor eval.samples eval.batch_size checkpoint.every log.samples task.level study.rollouts study.reference study.microbatch
         study.position_parts study.sketch student.init.hidden_size student.init.intermediate_size student.init.num_hidden_layers
         student.init.num_attention_heads student.init.num_key_value_heads student.init.max_position_embeddings estimator.clip
-        teacher.every rollout.round""",
+        teacher.every rollout.round rollout.max_turns""",
         lambda value: value >= 1,
         "must be at least 1",
     ),
@@ -119,11 +119,22 @@ def validate(config: Config) -> None:
     _require(evaluated % ways == 0, "eval.batch_size", evaluated, f"must be divisible by mesh.data * mesh.fsdp = {ways}")
     span = learner.decay_steps or config.steps
     _require(learner.warmup_steps <= span, "learner.warmup_steps", learner.warmup_steps, f"must be at most the schedule's {span} steps")
+    _check_turns(config)
     _check_teacher(config)
     _check_preference(config)
     _check_context(config)
     lora, base = config.student.lora, config.student.path or config.student.recipe
     _require(not lora.rank or bool(base), "student.lora.rank", lora.rank, "needs weights to adapt, but student.path and recipe are empty")
+
+
+def _check_turns(config: Config) -> None:
+    turns, source = config.rollout.max_turns, config.rollout.source
+    two = source in ("dagger", "corrected")
+    _require(
+        not (turns > 1 and two), "rollout.max_turns", turns, f"must be 1, because rollout.source = {source!r} has two writers in a turn"
+    )
+    injects = turns > 1 and config.eval.inject_error
+    _require(not injects, "eval.inject_error", True, f"goes on without an environment, but rollout.max_turns = {turns}; use false")
 
 
 def _check_context(config: Config) -> None:

@@ -108,7 +108,8 @@ class Rollout:
     cut: str = "random"  # where the teacher takes over
     batch_size: int = 64  # rollouts per step
     group_size: int = 1  # rollouts per prompt; divides batch_size
-    max_new_tokens: int = 64  # tokens per completion at most, stop token included
+    max_new_tokens: int = 64  # tokens per completion at most, stop token and observations included
+    max_turns: int = 1  # turns of a completion at most, between which the task's environment answers calls; 1: it is not asked
     max_prompt_length: int = 256  # tokens per prompt at most
     overlong: str = "refuse"  # prompts beyond max_prompt_length: refuse, or truncate (their first tokens are dropped, and counted)
     temperature: float = 1.0  # of the sampling law; 0 is greedy
@@ -304,12 +305,15 @@ class Log:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    name: str = "arithmetic"  # arithmetic, countdown, gsm8k, humaneval, jsonl, math, skills, text, tinycode, tooluse or unconditional
+    name: str = (
+        "arithmetic"  # arithmetic, calculator, countdown, gsm8k, humaneval, jsonl, math, skills, text, tinycode, tooluse or unconditional
+    )
     path: str = ""  # file of lines; of gsm8k a folder or a dataset's id on the Hugging Face hub (empty: openai/gsm8k)
     metric: str = "rouge"  # rouge or bleu: the reward of task.name=text, from 0 to 1
     skills: str = "chain,reverse"  # of task.name=skills, with commas: chain, reverse, sort, add, shift, facts
     learn: str = ""  # of task.name=skills: those of them that training prompts are of, evaluation is of all; empty: all
-    level: int = 12  # digits of arithmetic (2-100), characters of skills (2-20), numbers of countdown (2-6), most steps of tinycode (2-5)
+    # digits of arithmetic (2-100), characters of skills (2-20), numbers of countdown and calculator (2-6), most steps of tinycode (2-5)
+    level: int = 12  # size of an example
     train_size: int = 0  # prompts to train on, drawn again and again; 0: as many as the task has (generated ones: unlimited)
     eval_size: int = 64  # prompts held out from training; of a file at most half of its lines, of gsm8k the first of its test set
     seed: int = 0  # of generated prompts

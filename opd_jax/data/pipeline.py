@@ -10,6 +10,7 @@ import numpy as np
 from opd_jax.data.contexts import Reader
 from opd_jax.data.tasks import Example
 from opd_jax.data.tokenizer import Tokenizer
+from opd_jax.environments import Environment, turns
 from opd_jax.types import Prompts, UserError
 
 # Prompt widths are multiples of this, so that ragged prompts compile few programs.
@@ -132,11 +133,42 @@ def encode_prompts(
 
 def encode_completions(texts: Sequence[str], tokenizer: Tokenizer, *, max_new_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(tokens [B, T], mask [B, T], stopped [B]) of texts with a stop token after them; what exceeds T is cut off."""
-    stop = list(tokenizer.eos_ids[:1])
-    rows = [tokenizer.encode(text) + stop for text in texts]
-    stopped_B = np.array([len(row) <= max_new_tokens for row in rows])
-    rows = [row[:max_new_tokens] for row in rows]
-    mask_BT = np.arange(max_new_tokens)[None, :] < np.array([len(row) for row in rows])[:, None]
-    tokens_BT = np.full(mask_BT.shape, tokenizer.pad_id, np.int32)
-    tokens_BT[mask_BT] = np.concatenate(rows)
+    tokens_BT, mask_BT, stopped_B, _ = _completed([[(text, True)] for text in texts], tokenizer, max_new_tokens)
     return tokens_BT, mask_BT, stopped_B
+
+
+def encode_turns(
+    texts: Sequence[str], environment: Environment, tokenizer: Tokenizer, *, max_new_tokens: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(tokens [B, T], mask [B, T], stopped [B], present [B, T]) of texts in which an environment has answered: its answers have no mask.
+
+    Turns and answers are split into tokens one by one, as a rollout does. Raises UserError for a call that something else than the
+    environment's answer follows.
+    """
+    rows = []
+    for text in texts:
+        pieces = []
+        for turn in turns(environment, text):
+            pieces.append((turn.written, True))
+            if turn.observation is not None and not turn.answered:
+                raise UserError(
+                    f"the solution {text[:80]!r} has a call {turn.written[-40:]!r} that is not followed by the answer of the task's "
+                    f"environment, {turn.observation.text!r}; correct the solution"
+                )
+            pieces += [(turn.observation.text, False)] if turn.observation is not None else []
+        rows.append(pieces)
+    tokens_BT, mask_BT, stopped_B, learnt_BT = _completed(rows, tokenizer, max_new_tokens)
+    return tokens_BT, learnt_BT, stopped_B, mask_BT
+
+
+def _completed(rows: list[list[tuple[str, bool]]], tokenizer: Tokenizer, max_new_tokens: int) -> tuple[np.ndarray, ...]:
+    """(tokens, mask, stopped, which tokens are of pieces marked True or stop tokens) of rows of pieces (text, mark)."""
+    stop = [(token, True) for token in tokenizer.eos_ids[:1]]
+    marked = [[(token, mark) for text, mark in pieces for token in tokenizer.encode(text)] + stop for pieces in rows]
+    stopped_B = np.array([len(row) <= max_new_tokens for row in marked])
+    marked = [row[:max_new_tokens] for row in marked]
+    mask_BT = np.arange(max_new_tokens)[None, :] < np.array([len(row) for row in marked])[:, None]
+    tokens_BT, marks_BT = np.full(mask_BT.shape, tokenizer.pad_id, np.int32), np.zeros(mask_BT.shape, bool)
+    tokens_BT[mask_BT] = [token for row in marked for token, _ in row]
+    marks_BT[mask_BT] = [mark for row in marked for _, mark in row]
+    return tokens_BT, mask_BT, stopped_B, marks_BT

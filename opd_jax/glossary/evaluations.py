@@ -68,6 +68,12 @@ def described() -> dict[str, Description]:
 def _of_writing() -> dict[str, Description]:
     """How the student's samples are written; the stop token is left out. Of eval.inject_error: how it goes on after an error."""
     return {
+        "eval/turns": Description(
+            "pieces of a sample between the environment's answers (rollout.max_turns above 1)", "(1/(P k)) sum of turns", "turns"
+        ),
+        "eval/call_errors": Description(
+            "calls of a sample that the environment could not read (rollout.max_turns above 1)", "(1/(P k)) sum of such calls", "calls"
+        ),
         "eval/distinct_2": Description(
             "share of different token pairs among those of one prompt's samples together, mean over the prompts that have a pair",
             "mean over p of distinct 2-grams / 2-grams of y_p1 ... y_pk",

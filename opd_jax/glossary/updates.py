@@ -87,13 +87,25 @@ def _rollouts() -> dict[str, Description]:
             "tokens",
         ),
         "rollout/truncated_fraction": Description(
-            "share of completions without a stop token, cut off by max_new_tokens", "(1/B) sum_b 1[no stop token in y_b]", "fraction"
+            "share of completions without a stop token, cut off by max_new_tokens or max_turns",
+            "(1/B) sum_b 1[no stop token in y_b]",
+            "fraction",
         ),
         "rollout/entropy": Description(
             "entropy of the student along this step's completions, whoever wrote them", "(1/M) sum_bt m_bt H_bt", "nats/token"
         ),
         "rollout/reward": Description(
             "mean reward of this step's completions (tasks with a verifier, sampled completions)", "(1/B) sum_b r_b", "reward"
+        ),
+        "rollout/turns": Description(
+            "pieces of a completion that the student wrote, between the environment's answers (rollout.max_turns above 1)",
+            "(1/B) sum_b turns of y_b",
+            "turns",
+        ),
+        "rollout/call_errors": Description(
+            "calls of a completion that the environment could not read (rollout.max_turns above 1)",
+            "(1/B) sum_b such calls in y_b",
+            "calls",
         ),
         "rollout/prompts_truncated": Description(
             "prompts of this step that lost their first tokens", "number of prompts longer than rollout.max_prompt_length", "prompts"

@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from opd_jax import config as config_lib
-from opd_jax.config import check_choice
+from opd_jax.config import ConfigError, check_choice
+from opd_jax.environments import Environment
 from opd_jax.types import UserError
 
 OWN = "own:"  # stands before the name of a user's task in config.json, which no built-in name begins with
@@ -54,6 +55,7 @@ class Task(Protocol):
 
     `parallel = True`, where it is there, says that `verify` is thread-safe and waits for something else than this process.
     `vote(text)`, where it is there, is the answer that a completion gives, as text that is the same for the same answer, or None.
+    `environment`, where it is there, answers calls within a completion where rollout.max_turns is above 1 (opd_jax/environments).
     """
 
     name: str
@@ -83,13 +85,14 @@ def make(
     cache_dir: str = config_lib.Config.cache_dir,
 ) -> Task:
     """The task of a config's `task` block. Raises UserError for an unknown name, or for data that cannot be used."""
-    from opd_jax.data.tasks import arithmetic, countdown, gsm8k, humaneval, jsonl, math, text, tinycode, tooluse, unconditional
+    from opd_jax.data.tasks import arithmetic, calculator, countdown, gsm8k, humaneval, jsonl, math, text, tinycode, tooluse, unconditional
     from opd_jax.data.tasks import skills as skills_task
 
     sizes = {"train_size": train_size, "eval_size": eval_size}
     generated = sizes | {"level": level, "seed": seed}
     makers: dict[str, Callable[[], Task]] = {
         "arithmetic": lambda: arithmetic.Arithmetic(**generated),
+        "calculator": lambda: calculator.CalculatorTask(**generated),
         "countdown": lambda: countdown.Countdown(**generated),
         "gsm8k": lambda: gsm8k.read(path, cache_dir=cache_dir, **sizes),
         "humaneval": lambda: humaneval.read(path, **sizes),
@@ -130,6 +133,20 @@ def with_own(config: config_lib.Config, own: Task | None) -> config_lib.Config:
     if missing:
         raise UserError(f"task = {type(own).__name__}: has no {', '.join(missing)}; opd_jax/data/tasks/README.md has an example")
     return dataclasses.replace(config, task=dataclasses.replace(config.task, name=f"{OWN}{own.name}"))
+
+
+def environment_of(task: Task) -> Environment | None:
+    """What answers calls in the completions of a task; None where nothing does."""
+    return getattr(task, "environment", None)
+
+
+def check_turns(config: config_lib.Config, task: Task) -> None:
+    """Refuses turns in a task without an environment that would end them. Raises ConfigError."""
+    if config.rollout.max_turns > 1 and environment_of(task) is None:
+        raise ConfigError(
+            f"config field rollout.max_turns = {config.rollout.max_turns} is for tasks with an environment, and task.name = "
+            f"{task.name!r} has none; use 1, or task.name = 'calculator'"
+        )
 
 
 def verify_many(task: Task, examples: Sequence[Example], texts: Sequence[str]) -> list[Verdict]:
