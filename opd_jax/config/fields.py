@@ -305,9 +305,8 @@ class Log:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    name: str = (
-        "arithmetic"  # arithmetic, calculator, countdown, gsm8k, humaneval, jsonl, math, skills, text, tinycode, tooluse or unconditional
-    )
+    # arithmetic, calculator, countdown, gsm8k, humaneval, jsonl, math, skills, text, tinycode, tooluse or unconditional
+    name: str = "arithmetic"  # which; opd_jax/data/tasks has one file for each
     path: str = ""  # file of lines; of gsm8k a folder or a dataset's id on the Hugging Face hub (empty: openai/gsm8k)
     metric: str = "rouge"  # rouge or bleu: the reward of task.name=text, from 0 to 1
     skills: str = "chain,reverse"  # of task.name=skills, with commas: chain, reverse, sort, add, shift, facts
