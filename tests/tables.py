@@ -24,6 +24,8 @@ from opd_jax.types import View
 BYTES = tokenizer.byte()
 LENGTH = 6  # tokens of a completion at most
 ROWS = 24
+# Of a rule that is past its first updates: gamma is 0.1 * 0.5 / 0.2.
+ADAPTED = {name: jnp.float32(value) for name, value in {"share": 0.5, "size": 0.2, "budget": 0.1, "updates": 10.0}.items()}
 # Groups of 8 or of 4: the last 8 have equal rewards; "bcabca" and the like are cut off before their stop token.
 TEXTS = ("aa", "b", "caa", "abcb", "bcabca", "cab", "a", "cc") + ("bcabb", "ca", "b", "aabaca", "c", "ab", "bb", "abb")
 TEXTS += ("b", "cbc", "bbcc", "c", "bcbcbc", "bc", "ccc", "cb")
@@ -128,7 +130,7 @@ def case(config: config_lib.Config, *, seed: int = 0, on_policy: bool = False, t
 
     def evaluate(student=None):
         student = logits["student"] if student is None else student
-        return gradient(jnp.asarray(student), frozen, made.batch, kept=kept)
+        return gradient(jnp.asarray(student), frozen, made.batch, kept=kept, adaptive=ADAPTED)
 
     rows = [example for example in prompts.examples for _ in range(group)]
     return Case(
