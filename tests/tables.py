@@ -120,7 +120,8 @@ def case(config: config_lib.Config, *, seed: int = 0, on_policy: bool = False, t
     with jax.set_mesh(mesh):
         rollout = from_completions(*parallel.shard_batch((tokens_BT, mask_BT, stopped_B, prompts.prompts.id_B), mesh))
         rollout = rollout.replace(behaviour_logp_BT=jnp.asarray(behaviour_BT))
-        made = BatchMaker(config, goal, task, BYTES, inform, mesh)(prompts, rollout)
+        scorer = jnp.asarray(logits[names[0]]) if names else None
+        made = BatchMaker(config, goal, task, BYTES, inform, mesh, teacher=Table())(prompts, rollout, scorer)
     bank = teachers.make_bank(config, {name: Table() for name in names}, Table() if config_lib.needs_reference(config) else None)
     frozen = {name: jnp.asarray(logits[name]) for name in (teachers.REFERENCE, *names)}
 

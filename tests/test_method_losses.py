@@ -236,6 +236,61 @@ def adaptive(seen, tau=0.007, gain=1.0, full=False):
     return extrapolated(seen, scale[..., None], full=True)
 
 
+def rloo(seen):
+    return (seen.groups(8) - (seen.groups(8).sum(1, keepdim=True) - seen.groups(8)) / 7).flatten()[:, None]
+
+
+@oracle("rl_opd", value=False)
+def with_rewards(seen, share=0.5, convex=False, route=False, kdrl=False):
+    """Distillation and REINFORCE, each by the tokens that it learns from."""
+    solved = (seen.reward >= 1).double()[:, None]
+    if route:
+        policy = reinforce(seen, rloo(seen), lambda x, mask: token_mean(x, mask * solved))
+        return policy + token_mean(reverse_kl(seen.p, seen.q), seen.mask * (1 - solved))
+    policy = reinforce(seen, rloo(seen))
+    if kdrl:
+        return policy + share * token_mean((seen.at(seen.p) - seen.at(seen.q)) ** 2 / 2, seen.mask)
+    return (1 - share if convex else 1) * token_mean(reverse_kl(seen.p, seen.q), seen.mask) + share * policy
+
+
+@oracle("mopd")
+def routed(seen, reward=0.0, scale=1.0, keep=""):
+    """w_t A_t, w_t the ratio or, outside [1/2, 2], 0; A_t of the teacher of the row's domain."""
+    teachers = {name: law.log_softmax(-1) for name, law in seen.teacher.items()}
+    assert len(set(seen.member)) == len(teachers) == 2 + bool(keep)
+    q, r = torch.stack([seen.at(teachers[name])[row] for row, name in enumerate(seen.member)]), seen.at(seen.r)
+    ratio = (seen.at(seen.p) - seen.behaviour).exp().detach()
+    weight = torch.where((ratio >= 0.5) & (ratio <= 2), ratio, 0)
+    loss = reinforce(seen, weight * (scale * (q - r) - (seen.at(seen.p) - r)), sequence_mean)
+    if not reward:
+        return loss
+    group = seen.groups(4)
+    advantage = (group - group.mean(1, keepdim=True)) / (group.std(1, keepdim=True) + 1e-6)
+    return loss + reward * reinforce(seen, advantage.flatten()[:, None], sequence_mean)
+
+
+@oracle("pooled", value=False)
+def of_all_members(seen, arithmetic=False, confidence=False, temperature=1.0):
+    """The weighted sum of the divergences from each teacher, whose gradient is that from the pool."""
+    laws = [law.log_softmax(-1) for law in seen.teacher.values()]
+    certain = torch.stack([(law.exp() * law).sum(-1) for law in laws])
+    weights = torch.softmax(certain / temperature if confidence else 0 * certain, 0)
+    divergence = forward_kl if arithmetic else reverse_kl
+    return token_mean(sum(weight * divergence(seen.p, law) for weight, law in zip(weights, laws, strict=True)), seen.mask)
+
+
+@oracle("dpo")
+def direct_preference(seen, beta=0.1, reward=False, teacher_mean=False):
+    """Eq. 7 of the best and the worst completion of each prompt; where they are as good there is no pair."""
+    total = lambda law: (seen.at(law) * seen.mask).sum(1)
+    score = seen.reward if reward else total(seen.q) / seen.mask.sum(1) if teacher_mean else total(seen.q)
+    implicit, losses = beta * (total(seen.p) - total(seen.r)).reshape(-1, 4), []
+    for group, ours in zip(score.reshape(-1, 4), implicit, strict=True):
+        if group.max() > group.min():
+            losses.append(-F.logsigmoid(ours[group.argmax()] - ours[group.argmin()]))
+    return torch.stack(losses).mean()
+
+
 # ---- self-teachers
 
 
@@ -313,9 +368,9 @@ def informed(seen, feedback):
 
 
 def arguments(text: str) -> dict:
-    """tau=3.0,full -> {"tau": 3.0, "full": True}."""
+    """tau=3.0,full,keep=shift -> {"tau": 3.0, "full": True, "keep": "shift"}."""
     pairs = [part.partition("=") for part in text.split(",") if part]
-    return {name: float(value) if given else True for name, given, value in pairs}
+    return {name: (value if value.isalpha() else float(value)) if given else True for name, given, value in pairs}
 
 
 def compare(ours: Case, theirs: Callable, *, value: bool) -> Seen:
@@ -343,6 +398,8 @@ MORE = {
     "supervised_kd": ("tau=3.0,hard=0.25",),
     "iw_opd": ("gain=2.0",),
     "reopd": ("tau=2.0", "tau=2.0,full"),
+    "pooled": ("confidence,temperature=0.5",),
+    "dpo": ("beta=1.0",),
     "opsd": ("clipped", "sampled", "topk=50", "paper_law", "trust_region"),
     "sdft": ("reverse_kl", "skip=3,importance"),
     "sdpo": ("rich", "trust_region", "hybrid=0.25"),
