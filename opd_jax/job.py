@@ -12,7 +12,21 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from opd_jax import checkpoint, claim, context_gap, learner, machine, metrics, parallel, rewards, rollout, routing, teachers, trackers
+from opd_jax import (
+    checkpoint,
+    claim,
+    context_gap,
+    difficulty,
+    learner,
+    machine,
+    metrics,
+    parallel,
+    rewards,
+    rollout,
+    routing,
+    teachers,
+    trackers,
+)
 from opd_jax import config as config_lib
 from opd_jax import objective as objective_lib
 from opd_jax import workdir as workdir_lib
@@ -102,10 +116,15 @@ def setup(
     pair = open_pair(parsed, workdir if resumed else None, mesh)
     student, teacher = pair.student, pair.teacher
     bank, frozen = _make_bank(parsed, pair)
-    pipeline = _make_pipeline(parsed, task, pair)
+    measured = _measure(parsed, workdir, task, pair, mesh, own_judge, progress, resumed=resumed)
+    pipeline = _make_pipeline(parsed, task, pair, measured and difficulty.chosen(parsed, measured))
     maker = _make_batch_maker(parsed, objective, task, pair, mesh, own_judge)
     evaluate = make_evaluator(parsed, mesh, task, pair)
-    state, step, info = _begin_or_resume(parsed, checkpoints, pair, bank, task, optimizer, mesh)
+    state, step, info = _begin_or_resume(
+        parsed, checkpoints, pair, bank, workdir_lib.identity(pair, task, measured.digest if measured else ""), optimizer, mesh
+    )
+    if measured and not resumed:
+        difficulty.write(workdir, measured)
     student = student if student.lora else dataclasses.replace(student, params={})
     return Job(
         config=parsed,
@@ -145,6 +164,7 @@ def _checked(config: Config, workdir: pathlib.Path, own_task: tasks.Task | None)
     tasks.check_turns(config, task)
     rewards.check(config, task)
     privileged.check(config, task)
+    difficulty.check(config, task)
     first = list(itertools.islice(task.examples("train"), LOOKED_AT))  # batches check the others
     routing.check_names(config, first)
     routing.check(config, first)
@@ -187,10 +207,9 @@ def _make_batch_maker(config: Config, objective, task: tasks.Task, pair: Pair, m
 
 
 def _begin_or_resume(
-    config: Config, checkpoints, pair: Pair, bank: Bank | None, task: tasks.Task, optimizer, mesh: Mesh
+    config: Config, checkpoints, pair: Pair, bank: Bank | None, identity: dict[str, str], optimizer, mesh: Mesh
 ) -> tuple[TrainState, int, dict]:
     """(state, its step, what a checkpoint remembers beside it)."""
-    identity = workdir_lib.identity(pair, task)
     if checkpoints.steps():
         return workdir_lib.restore(checkpoints, pair, bank, optimizer, mesh, identity, config)
     trained = _init_adapter(pair.student, config.seed, mesh) if pair.student.lora else pair.student.params
@@ -230,9 +249,27 @@ def run_recipes(config: Config, make_model: Callable[[str, str], str], *, with_s
     return dataclasses.replace(config, student=student, teacher=teacher, reference=reference)
 
 
-def _make_pipeline(config: Config, task: tasks.Task, pair: Pair) -> Pipeline:
-    """Raises UserError for examples that cannot be used; a very long task is checked in its first batch."""
+def _measure(
+    config: Config, workdir: pathlib.Path, task: tasks.Task, pair: Pair, mesh: Mesh, judge: Callable | None, progress, *, resumed: bool
+) -> difficulty.Measured | None:
+    """How difficult training prompts are for the initial student, measured or read; None where all are trained on."""
+    if not config_lib.measures_difficulty(config):
+        return None
     examples = task.examples("train")
+    if resumed:
+        return difficulty.read(workdir, config, examples)
+    candidates = difficulty.candidates(config, examples)
+    progress.phase(f"measuring the difficulty of {len(candidates)} prompts")
+    with jax.set_mesh(mesh):
+        measured = difficulty.measure(config, task, judge, pair.student, pair.student_prompts, mesh, candidates)
+    kept = len(measured.kept(config.task.difficulty_low, config.task.difficulty_high))
+    progress.phase(f"{kept} of {len(candidates)} prompts are within task.difficulty_low and task.difficulty_high ({difficulty.FILE})")
+    return measured
+
+
+def _make_pipeline(config: Config, task: tasks.Task, pair: Pair, chosen: list[tasks.Example] | None) -> Pipeline:
+    """Raises UserError for examples that cannot be used; a very long task is checked in its first batch. `chosen`: some of the task's."""
+    examples = task.examples("train") if chosen is None else chosen
     pipeline = Pipeline(
         examples,
         pair.student_prompts,
@@ -240,6 +277,7 @@ def _make_pipeline(config: Config, task: tasks.Task, pair: Pair) -> Pipeline:
         prompts_per_step=config.rollout.batch_size // config.rollout.group_size,
         group_size=config.rollout.group_size,
         seed=config.seed,
+        ids_below=None if chosen is None else max(example.id for example in chosen) + 1,
     )
     first = pipeline.batch(0).examples
     if config_lib.needs_solutions(config):

@@ -71,14 +71,15 @@ def describe(workdir: pathlib.Path, config: Config, student: LoadedModel, *, bas
         raise UserError(f"--workdir={workdir}: cannot be written ({files.reason(error)}); free space, or give another folder") from None
 
 
-def identity(pair: Pair, task: tasks.Task) -> dict[str, str]:
-    """Hashes of what a run reads and never writes; a resumed run must find the same."""
+def identity(pair: Pair, task: tasks.Task, difficulty: str = "") -> dict[str, str]:
+    """Hashes of what a run reads and never writes; a resumed run must find the same. `difficulty`: that of its choice of prompts."""
     student = pair.student
     base = spec.content_hash(student.params) if student.lora else ""
     others = [*pair.members.values(), *([pair.reference] if pair.reference else [])]
     scorers = [base if student.lora and other.params is student.params else spec.content_hash(other.params) for other in others]
     readers = [encoder.reader.digest for encoder in (pair.student_prompts, pair.teacher_prompts) if encoder]
-    return {"base_hash": base, "teacher_hash": " ".join(scorers), "data_hash": task.digest, "prompts_hash": " ".join(readers)}
+    hashes = {"base_hash": base, "teacher_hash": " ".join(scorers), "data_hash": task.digest, "prompts_hash": " ".join(readers)}
+    return hashes | ({"difficulty_hash": difficulty} if difficulty else {})
 
 
 def _others(config: Config) -> str:
@@ -114,7 +115,8 @@ def restore(
         "data_hash": f"task.path = {config.task.path!r}: is not the file",
         "prompts_hash": f"context.student.template = {config.context.student.template!r} (or the teacher's, or a tokenizer) is not what",
     }
+    changed |= {"difficulty_hash": f"{checkpoints.directory.parent / 'difficulty.json'}: is not what"}
     for name, what in changed.items():
-        if info[name] != expected[name]:
+        if info.get(name, "") != expected.get(name, ""):
             raise UserError(f"{what} this run began with; restore it, or give another --workdir")
     return state, step, info

@@ -31,6 +31,7 @@ model_io
 teachers
 routing
 pair
+difficulty
 objective
 claim learner
 batches

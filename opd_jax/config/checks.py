@@ -31,7 +31,7 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         mesh.tensor eval.samples eval.batch_size checkpoint.every log.samples task.level study.rollouts study.reference study.microbatch
         study.position_parts study.sketch student.init.hidden_size student.init.intermediate_size student.init.num_hidden_layers
         student.init.num_attention_heads student.init.num_key_value_heads student.init.max_position_embeddings estimator.clip
-        teacher.every rollout.round rollout.max_turns""",
+        teacher.every rollout.round rollout.max_turns task.difficulty_prompts task.difficulty_samples""",
         lambda value: value >= 1,
         "must be at least 1",
     ),
@@ -55,7 +55,7 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("rollout.temperature", lambda value: value == 0 or value >= 1e-4, "must be 0 (greedy) or at least 0.0001"),
     (
         """rollout.min_p rollout.student_fraction rollout.beta rollout.beta_decay estimator.gamma learner.final_fraction signal.beta
-        extra_signal.beta teacher.rate task.informed""",
+        extra_signal.beta task.difficulty_low task.difficulty_high teacher.rate task.informed""",
         lambda value: 0 <= value <= 1,
         "must be between 0 and 1",
     ),
@@ -122,6 +122,8 @@ def validate(config: Config) -> None:
     _check_turns(config)
     _check_teacher(config)
     _check_preference(config)
+    low, high = config.task.difficulty_low, config.task.difficulty_high
+    _require(low <= high, "task.difficulty_low", low, f"must be at most task.difficulty_high = {high:g}")
     _check_context(config)
     lora, base = config.student.lora, config.student.path or config.student.recipe
     _require(not lora.rank or bool(base), "student.lora.rank", lora.rank, "needs weights to adapt, but student.path and recipe are empty")

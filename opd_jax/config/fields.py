@@ -316,6 +316,12 @@ class Task:
     train_size: int = 0  # prompts to train on, drawn again and again; 0: as many as the task has (generated ones: unlimited)
     eval_size: int = 64  # prompts held out from training; of a file at most half of its lines, of gsm8k the first of its test set
     seed: int = 0  # of generated prompts
+    # Training on prompts of middling difficulty: the initial student's success rates are measured before the first update; see
+    # opd_jax/difficulty.py. 0 and 1 together: off
+    difficulty_low: float = 0.0  # success rate that a training prompt has at least
+    difficulty_high: float = 1.0  # and at most
+    difficulty_prompts: int = 256  # training prompts that are measured
+    difficulty_samples: int = 8  # completions of each
     # For a base that reads contexts: training prompts with something beside the question; see opd_jax/data/tasks/informed.py
     informed: float = 0.0  # share of the training prompts that have; 0: none
     informed_tags: str = ""  # tags, with commas, whose training prompts all have: what is not learnt without
@@ -411,6 +417,11 @@ def needs_verdicts(config: Config) -> bool:
     judged = {"feedback", "sibling"} & set(names_in(config.context.privileged.reads))
     ranked = config.preference.weight > 0 and config.preference.judge == "reward"
     return bool(judged) or ranked or config.reward.weight > 0 or "drop" in (config.masking.malformed, config.masking.solved)
+
+
+def measures_difficulty(config: Config) -> bool:
+    """Whether training prompts are chosen by the initial student's success rates."""
+    return config.task.difficulty_low > 0 or config.task.difficulty_high < 1
 
 
 def names_in(listed: str) -> tuple[str, ...]:

@@ -47,7 +47,10 @@ class Batch:
 
 
 class Pipeline:
-    """`batch(step)` for any step, in any order. With several processes each gets its slice of every step's examples."""
+    """`batch(step)` for any step, in any order. With several processes each gets its slice of every step's examples.
+
+    `ids_below`: every example's id is below it; None: the number of examples.
+    """
 
     def __init__(
         self,
@@ -60,6 +63,7 @@ class Pipeline:
         seed: int,
         process_index: int = 0,
         process_count: int = 1,
+        ids_below: int | None = None,
     ):
         if not len(examples):
             raise UserError("the task has no training examples; give more data, or lower task.eval_size")
@@ -69,7 +73,7 @@ class Pipeline:
             )
         self._student, self._teacher, self._group_size = student, teacher, group_size
         self._per_step, self._process = prompts_per_step, (process_index, process_count)
-        self._size = len(examples)
+        self._ids_below = len(examples) if ids_below is None else ids_below
         self._order = grain.MapDataset.source(examples).seed(seed).shuffle().repeat()
         if len(examples) <= CHECKED_AT_ONCE:
             for example in examples:
@@ -83,7 +87,7 @@ class Pipeline:
         index, count = self._process
         mine = slice(index * self._per_step // count, (index + 1) * self._per_step // count)
         # A prompt that comes twice in one step (few prompts, large batch) must not draw the same completion twice.
-        ids = [(example.id + self._size * seen) for example, seen in zip(examples, occurrences, strict=True)]
+        ids = [(example.id + self._ids_below * seen) for example, seen in zip(examples, occurrences, strict=True)]
         rollout_ids = [i * self._group_size + g for i in ids[mine] for g in range(self._group_size)]
         rows = [example.prompt for example in examples[mine] for _ in range(self._group_size)]
         prompts, truncated = self._student.encode(rows, rollout_ids)

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from opd_jax import config as config_lib
-from opd_jax.config import ConfigError, check_choice
+from opd_jax.config import ConfigError, check_choice, names_in
 from opd_jax.environments import Environment
 from opd_jax.types import UserError
 
@@ -112,17 +112,14 @@ def from_config(config: config_lib.Config, own: Task | None = None) -> Task:
     """The task of a config, or a user's own, which goes before it; with what is read beside the question. Raises UserError."""
     asked = dataclasses.asdict(config.task)
     share, tags, reads, layout = (asked.pop(f"informed{suffix}") for suffix in ("", "_tags", "_reads", "_layout"))
+    for suffix in ("low", "high", "prompts", "samples"):  # which prompts of the task a run trains on, of which the task knows nothing
+        del asked[f"difficulty_{suffix}"]
     task = own if own is not None else make(**asked, cache_dir=config.cache_dir)
     if not share and not tags:
         return task
     from opd_jax.data.tasks.informed import Informed
 
     return Informed(task, share, names_in(tags), names_in(reads), layout, config.task.seed)
-
-
-def names_in(text: str) -> tuple[str, ...]:
-    """The names of a field that has commas between them."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def with_own(config: config_lib.Config, own: Task | None) -> config_lib.Config:
