@@ -120,11 +120,7 @@ def setup(
     pipeline = _make_pipeline(parsed, task, pair, measured and difficulty.chosen(parsed, measured))
     maker = _make_batch_maker(parsed, objective, task, pair, mesh, own_judge)
     evaluate = make_evaluator(parsed, mesh, task, pair)
-    state, step, info = _begin_or_resume(
-        parsed, checkpoints, pair, bank, workdir_lib.identity(pair, task, measured.digest if measured else ""), optimizer, mesh
-    )
-    if measured and not resumed:
-        difficulty.write(workdir, measured)
+    state, step, info = _begin_or_resume(parsed, workdir, checkpoints, pair, bank, task, measured, optimizer, mesh)
     student = student if student.lora else dataclasses.replace(student, params={})
     return Job(
         config=parsed,
@@ -207,11 +203,14 @@ def _make_batch_maker(config: Config, objective, task: tasks.Task, pair: Pair, m
 
 
 def _begin_or_resume(
-    config: Config, checkpoints, pair: Pair, bank: Bank | None, identity: dict[str, str], optimizer, mesh: Mesh
+    config: Config, workdir: pathlib.Path, checkpoints, pair: Pair, bank: Bank | None, task: tasks.Task, measured, optimizer, mesh: Mesh
 ) -> tuple[TrainState, int, dict]:
-    """(state, its step, what a checkpoint remembers beside it)."""
+    """(state, its step, what a checkpoint remembers beside it). A new run writes what it `measured` of its prompts."""
+    identity = workdir_lib.identity(pair, task, measured.digest if measured else "")
     if checkpoints.steps():
         return workdir_lib.restore(checkpoints, pair, bank, optimizer, mesh, identity, config)
+    if measured:
+        difficulty.write(workdir, measured)
     trained = _init_adapter(pair.student, config.seed, mesh) if pair.student.lora else pair.student.params
     return learner.init_state(trained, optimizer, bank), 0, {"tokens_total": 0, "seconds": 0.0, **identity}
 

@@ -20,9 +20,8 @@ def rewarded(config: Config, example: Example) -> bool:
 
 
 def has_member(config: Config, example: Example) -> bool:
-    """Whether a teacher is compared with on its rollouts; where they are not distilled there may be none."""
-    known = teachers.tags(config)
-    return len(known) < 2 or config.teacher.combine != "route" or example.tag in known
+    """Whether there is a teacher for its rollouts: they are distilled, or a member has their tag."""
+    return distilled(config, example) or example.tag in teachers.tags(config)
 
 
 def domains_P(examples: Sequence[Example]) -> np.ndarray:

@@ -214,7 +214,8 @@ def test_examples_of_some_tags_are_distilled_and_of_others_rewarded():
     mask_BT = np.asarray(completions.mask_BT)
     np.testing.assert_array_equal(mask_of(made, goal), mask_BT & is_x[:, None])
     np.testing.assert_array_equal(mask_of(made, goal, "reward"), mask_BT & ~is_x[:, None])
-    assert made.batch.compared_B is None  # there is one teacher, for whoever asks
+    assert np.asarray(made.batch.compared_B).tolist() == is_x.tolist()
+    assert make(["ab", "ba", "b", "bb"])[0].batch.compared_B is None
 
 
 def test_who_is_not_distilled_needs_no_member():

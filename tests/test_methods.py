@@ -26,6 +26,7 @@ VARIANTS = {
     "corrected": ("worst,forward_kl",),
     "tools": ("drop,reward=0.5", "teacher", "student", "level=5"),
     "lsm": ("keep", "k=4"),
+    "routed": ("taught=sort,tag",),
     "dpo": ("teacher_mean", "reward"),
     "rl_opd": ("convex", "route", "kdrl,share=0.1"),
 }
@@ -81,6 +82,9 @@ def test_arguments_are_split_between_a_file_and_the_one_that_it_builds_on():
         ("supervised_kd", "", "; beside it loss.labels=0.5 of: the cross-entropy of the completions"),
         ("grpo", "rloo", "tokens that have moved far from the law that wrote them have no gradient (reward.clip_low, clip_high)"),
         ("dpo", "reward", "the DPO loss, against the reference, of each prompt's best and worst completion (preference.judge=reward)"),
+        ("routed", "", "masking.tags=reverse leaves tokens out, which is another objective"),
+        ("routed", "", "rollouts of some prompts alone have the term (reward.tags=sort)"),
+        ("routed", "tag", "rollouts weigh by what others of their tag are (loss.balance=tag)"),
         ("rl_opd", "route", "solved rollouts alone have the term (reward.only=solved)"),
         ("rl_opd", "convex,share=0.25", "; beside it reward.weight=0.25 of: Unbiased for minus the gradient of the expected reward"),
         ("corrected", "", "the student's up to a cut at a random place, then the teacher's (rollout.source=corrected, cut=random)"),
