@@ -1,6 +1,7 @@
 """Completions -> the batch of an update: verdicts, what the teachers read, and which tokens and advantages each part of the loss has."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,18 @@ from opd_jax.data.tokenizer import Tokenizer
 from opd_jax.models.config import ModelConfig
 from opd_jax.models.forward import Model
 from opd_jax.numerics.estimators import Context
+from opd_jax.numerics.targets import SparseTarget, TokenTarget
 from opd_jax.objective import Objective
+from opd_jax.replay import Recalled
 from opd_jax.rewards import Judge, Judged, OwnJudge
 from opd_jax.types import Prompts, Rollout, view
+
+
+class Learnt(NamedTuple):
+    """Of an update that learns from other completions than its own."""
+
+    tokens: int  # of prompts, as the student reads them, and completions
+    age: float  # updates since they were written, on average
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +38,8 @@ class Made:
     batch: learner.Batch | None
     judged: Judged | None  # None: nothing in the update asks for verdicts
     counts: dict[str, float]  # metrics context/ and preference/
-    teacher_prompts: Prompts  # what the teachers read, on the mesh
+    teacher_prompts: Prompts  # what the teachers read for this step's completions, on the mesh
+    learnt: Learnt | None = None  # None: the batch is of this step's completions
 
 
 class BatchMaker:
@@ -51,8 +62,19 @@ class BatchMaker:
         self._judge = Judge(judge or task)
         self._route = {tag: number for number, tag in enumerate(teachers.tags(config))}
 
-    def __call__(self, prompts: pipeline.Batch, completions: Rollout, scorer: dict | None = None) -> Made:
-        """What student and teachers read for these completions, and what looks across rows. `scorer`: parameters of the first teacher."""
+    def __call__(self, prompts: pipeline.Batch, completions: Rollout, scorer: dict | None = None, recalled: Recalled | None = None) -> Made:
+        """What student and teachers read for these completions, and what looks across rows. `scorer`: parameters of the first teacher.
+
+        `recalled`: what to learn from in their place, or these with scores that are known.
+        """
+        if recalled is None or recalled.completions is completions:
+            return self._made(prompts, completions, scorer, recalled and recalled.scores)
+        made = self._made(recalled.prompts, recalled.completions, scorer, recalled.scores)
+        read = np.asarray(recalled.prompts.prompts.mask_BS).sum() + np.asarray(recalled.completions.standing_BT).sum()
+        own = parallel.shard_batch(prompts.teacher_prompts, self._mesh)
+        return dataclasses.replace(made, judged=None, teacher_prompts=own, learnt=Learnt(int(read), recalled.age))
+
+    def _made(self, prompts: pipeline.Batch, completions: Rollout, scorer: dict | None, scores: SparseTarget | TokenTarget | None) -> Made:
         routing.check(self._config, prompts.examples)
         judged = self.judge(prompts, completions) if config_lib.needs_verdicts(self._config) else None
         informed = self._informed(prompts, judged)
@@ -77,6 +99,7 @@ class BatchMaker:
             route_B=self._routes(prompts.examples),
             compared_B=self._compared(prompts.examples),
             domain_B=self._rows(routing.domains_P(prompts.examples)) if self._config.loss.balance == "tag" else None,
+            scores=scores,
         )
         return Made(learner.place(self._mesh, batch), judged, counts, teacher)
 
@@ -121,6 +144,8 @@ class BatchMaker:
             keep_B &= np.array([attempt.well_formed for attempt in judged.attempts])
         if masking.solved == "drop":
             keep_B &= judged.reward_B < 1
+        if masking.failed == "drop":
+            keep_B &= judged.reward_B >= 1
         keep_T = np.arange(shape[1]) >= masking.skip_first
         if masking.first_only:
             keep_T &= np.arange(shape[1]) < masking.first_only

@@ -84,6 +84,11 @@ class Checkpoints:
             raise UserError(f"{self.directory}: holds no checkpoint; let the run save one, or give another folder")
         return result[1], result[2]
 
+    def remembered(self) -> dict[str, Any] | None:
+        """info of the newest entry that is whole; None without entries."""
+        found = self._newest(lambda entry: None)
+        return found and found[2]
+
     def _newest(self, load, step: int | None = None) -> tuple[int, Any, dict[str, Any]] | None:
         steps = [one for one in self.steps() if step in (None, one)]
         reasons = []
@@ -110,6 +115,14 @@ def newest_step(directory: str | os.PathLike) -> int:
         return steps[-1]
     except (IndexError, ValueError, OSError):
         return -1
+
+
+def remembered(directory: str | os.PathLike) -> dict[str, Any]:
+    """What a run remembers beside its newest readable state. Raises UserError when there is none."""
+    found = Checkpoints(directory).remembered()
+    if found is None:
+        raise UserError(f"{directory}: holds no checkpoint; let the run save one, or give another folder")
+    return found
 
 
 def restore_params(directory: str | os.PathLike, abstract_params: dict, step: int | None = None) -> dict:

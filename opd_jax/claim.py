@@ -39,12 +39,17 @@ def _by_law(part: Part, config: Config) -> list[str]:
         spoilt = [f"completions are drawn at temperature {law.temperature:g}, corrected by estimator.importance={asked}"]
     else:
         spoilt = []
-    if law.source == "dagger" and asked not in ("cumulative", "sequence"):
-        spoilt.append(f"completions are drawn from the mixture with the teacher, corrected by estimator.importance={asked}")
     if law.source == "corrected":
         chosen = "before the student's worst token, which its draws decide" if law.cut == "worst" else "at a random place"
         spoilt.append(f"prefixes are the student's up to a cut {chosen}, then the teacher's (rollout.source=corrected, cut={law.cut})")
-    return spoilt
+    if asked in ("cumulative", "sequence"):
+        return spoilt
+    others = {
+        "completions and their prefixes are those of the store's law (rollout.source=cache)": law.source == "cache",
+        "completions are drawn from all of the run so far (rollout.aggregate)": law.aggregate,
+        "completions are drawn from the mixture with the teacher": law.source == "dagger" and not law.aggregate,
+    }
+    return spoilt + [f"{words}, corrected by estimator.importance={asked}" for words, there in others.items() if there]
 
 
 def _truncations(law) -> list[tuple]:
@@ -85,7 +90,7 @@ def _by_target(config: Config) -> list[str]:
 def _by_masks(config: Config) -> list[str]:
     masking = config.masking
     named = [f"{name}={getattr(masking, name)}" for name in ("skip_first", "first_only") if getattr(masking, name)]
-    named += [f"{name}=drop" for name in ("special_tokens", "malformed", "solved") if getattr(masking, name) == "drop"]
+    named += [f"{name}=drop" for name in ("special_tokens", "malformed", "solved", "failed") if getattr(masking, name) == "drop"]
     named += [f"tags={masking.tags}"] if masking.tags else []
     return [f"masking.{', masking.'.join(named)} leaves tokens out, which is another objective"] if named else []
 

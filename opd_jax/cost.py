@@ -34,28 +34,29 @@ class Account:
     generator: int  # parameters of the student where it samples; 0: it does not
     teacher_generator: int = 0  # of the teacher where it samples, after its own prompts; both 0: the data set's completions
 
-    def work(self, *, prompt: int, teacher_prompt: int, completion: int, drawn: int | None = None) -> Work:
+    def work(self, *, prompt: int, teacher_prompt: int, completion: int, drawn: int | None = None, learnt: int | None = None) -> Work:
         """Of so many tokens of completions, and of their prompts as the student and as the teacher reads them, once per completion.
 
-        `drawn` of the completions' tokens were sampled, the others observed or given; None: all.
+        `drawn` of the completions' tokens were sampled, the others observed or given; None: all. `learnt`: tokens, prompts included, of
+        other completions, which the update learns from in their place (rollout.aggregate).
         """
         sampling = 2 * self.generator * (prompt + completion) + 2 * self.teacher_generator * (teacher_prompt + completion)
         scoring = 2 * sum(self.scorers) * (teacher_prompt + completion)
         # Forward 2 N; back 2 N by the activations, and 2 by each parameter that is trained. Where all are: 6 N.
-        training = (4 * self.student + 2 * self.trained) * (prompt + completion)
+        training = (4 * self.student + 2 * self.trained) * (prompt + completion if learnt is None else learnt)
         sampled = completion if drawn is None else drawn
         generated = sampled if self.generator or self.teacher_generator else 0
         return Work(sampling + scoring + training, generated, completion * len(self.scorers))
 
 
 def account(writer: str, student: int, trained: int, teacher: int | None, *, scored: bool) -> Account:
-    """Of steps whose completions `writer` wrote (student, teacher, dataset, or dagger: the first two together, each reading all tokens).
+    """Of steps whose completions `writer` wrote (student, teacher, dagger: both together, each reading all tokens; dataset or cache: none).
 
     corrected is counted as dagger is, as if what the student wrote behind the cut had as many tokens as what took its place. `student` and
     `teacher` are parameters; `scored`: the teacher reads the completions.
     """
     both = (student, teacher)
-    generators = {"student": (student, 0), "teacher": (0, teacher), "dataset": (0, 0)} | {"dagger": both, "corrected": both}
+    generators = {"student": (student, 0), "teacher": (0, teacher), "dataset": (0, 0), "cache": (0, 0), "dagger": both, "corrected": both}
     return Account(student, trained, (teacher,) if scored else (), *generators[writer])
 
 

@@ -6,7 +6,7 @@ import itertools
 import logging
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,12 @@ from opd_jax import (
     claim,
     context_gap,
     difficulty,
+    labels,
     learner,
     machine,
     metrics,
     parallel,
+    replay,
     rewards,
     rollout,
     routing,
@@ -40,6 +42,7 @@ from opd_jax.model_io import LoadedModel
 from opd_jax.models import lora, spec
 from opd_jax.pair import Pair, open_pair
 from opd_jax.samples import SampleLog
+from opd_jax.store import Store
 from opd_jax.teachers import Bank, Parameters
 from opd_jax.types import TrainState, UserError
 
@@ -62,6 +65,7 @@ class Job:
     frozen: dict  # parameters of the teachers and of the reference, by name
     pipeline: Pipeline
     rollouts: rollout.Source
+    recall: replay.Recall
     make_batch: BatchMaker
     objective: objective_lib.Objective
     schedule: Callable
@@ -94,34 +98,34 @@ def setup(
     workdir: str | os.PathLike,
     *,
     make_model: Callable[[str, str], str],
+    make_store: Callable[[str, str], str],
     progress: metrics.Progress,
     own_task: tasks.Task | None = None,
     own_judge: Callable | None = None,
 ) -> Job:
-    """Refuses what can be refused before any work, then loads or restores. `make_model(recipe, cache_dir)` runs a recipe.
+    """Refuses what can be refused before any work, then loads or restores. Raises UserError for whatever cannot be used.
 
-    Raises UserError for a config, folder, model, tokenizer or data file that cannot be used.
+    `make_model(recipe, cache_dir)` runs a recipe, `make_store(recipe, cache_dir)` writes the store of one; both give its folder.
     """
-    if not os.fspath(workdir):
-        raise UserError("--workdir='' is no folder; give the folder of the run")
     parsed = rewards.with_own(tasks.with_own(parsed, own_task), own_judge)
-    asked, workdir = parsed, pathlib.Path(workdir)
     objective, mesh, task = _checked(parsed, workdir, own_task)
+    asked, workdir = parsed, pathlib.Path(workdir)
     _say_which_gradient(parsed, objective, progress)
     optimizer = learner.make_optimizer(parsed.learner, parsed.steps)
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=parsed.checkpoint.keep)
     resumed = bool(checkpoints.steps())
     parsed = run_recipes(parsed, make_model, with_student=not resumed or bool(parsed.student.lora.rank) or _looks_back(parsed))
     progress.phase("loading student and teacher")
-    pair = open_pair(parsed, workdir if resumed else None, mesh)
-    student, teacher = pair.student, pair.teacher
+    parsed, pair = _with_store(parsed, make_store), open_pair(parsed, workdir if resumed else None, mesh)
     bank, frozen = _make_bank(parsed, pair)
     measured = _measure(parsed, workdir, task, pair, mesh, own_judge, progress, resumed=resumed)
-    pipeline = _make_pipeline(parsed, task, pair, measured and difficulty.chosen(parsed, measured))
-    maker = _make_batch_maker(parsed, objective, task, pair, mesh, own_judge)
+    identity = workdir_lib.identity(pair, task, measured.digest if measured else "")
+    stored = replay.open_cache(parsed, objective, pair, identity)
+    pipeline = make_pipeline(parsed, pair, *_examples(parsed, task, stored, measured))
     evaluate = make_evaluator(parsed, mesh, task, pair)
-    state, step, info = _begin_or_resume(parsed, workdir, checkpoints, pair, bank, task, measured, optimizer, mesh)
-    student = student if student.lora else dataclasses.replace(student, params={})
+    state, step, info = _begin_or_resume(parsed, workdir, checkpoints, pair, bank, identity, measured, optimizer, mesh)
+    stored = stored or replay.begin_collection(parsed, objective, pair, identity, workdir, done=step)
+    student, teacher = pair.student if pair.student.lora else dataclasses.replace(pair.student, params={}), pair.teacher
     return Job(
         config=parsed,
         workdir=workdir,
@@ -132,8 +136,9 @@ def setup(
         bank=bank,
         frozen=frozen,
         pipeline=pipeline,
-        rollouts=_make_source(parsed, student, teacher, task, mesh),
-        make_batch=maker,
+        rollouts=make_source(parsed, student, teacher, task, mesh, stored),
+        recall=replay.make_recall(parsed, objective, pair, pipeline, stored, mesh),
+        make_batch=_make_batch_maker(parsed, objective, task, pair, mesh, own_judge),
         objective=objective,
         schedule=learner.make_schedule(parsed.learner, parsed.steps),
         update=_make_update(parsed, objective, optimizer, student, bank, state),
@@ -150,14 +155,19 @@ def setup(
     )
 
 
-def _checked(config: Config, workdir: pathlib.Path, own_task: tasks.Task | None) -> tuple[objective_lib.Objective, Mesh, tasks.Task]:
+def _checked(config: Config, workdir: str | os.PathLike, own_task: tasks.Task | None) -> tuple[objective_lib.Objective, Mesh, tasks.Task]:
     """What can be made without a model, having refused all that can be refused without one."""
+    if not os.fspath(workdir):
+        raise UserError("--workdir='' is no folder; give the folder of the run")
     objective = objective_lib.from_config(config, has_teacher=config_lib.has_teacher(config))
-    workdir_lib.check(workdir, config)
+    workdir_lib.check(pathlib.Path(workdir), config)
     trackers.check(config.log)
     mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     task = tasks.from_config(config, own_task)
     tasks.check_turns(config, task)
+    if config_lib.keeps_scores(config):
+        labels.check(config, "rollout.aggregate = True" if config.rollout.aggregate else "rollout.source = 'cache'")
+        labels.form_of(objective)
     rewards.check(config, task)
     privileged.check(config, task)
     difficulty.check(config, task)
@@ -203,10 +213,9 @@ def _make_batch_maker(config: Config, objective, task: tasks.Task, pair: Pair, m
 
 
 def _begin_or_resume(
-    config: Config, workdir: pathlib.Path, checkpoints, pair: Pair, bank: Bank | None, task: tasks.Task, measured, optimizer, mesh: Mesh
+    config: Config, workdir: pathlib.Path, checkpoints, pair: Pair, bank: Bank | None, identity: dict[str, str], measured, optimizer, mesh
 ) -> tuple[TrainState, int, dict]:
     """(state, its step, what a checkpoint remembers beside it). A new run writes what it `measured` of its prompts."""
-    identity = workdir_lib.identity(pair, task, measured.digest if measured else "")
     if checkpoints.steps():
         return workdir_lib.restore(checkpoints, pair, bank, optimizer, mesh, identity, config)
     if measured:
@@ -218,7 +227,7 @@ def _begin_or_resume(
 def _say_which_gradient(config: Config, objective: objective_lib.Objective, progress: metrics.Progress) -> None:
     """The claim of the estimator; a warning where completions come from another law than the policy in the loss, of which claims speak."""
     corrected = config.rollout.source == "dagger" and config.estimator.importance != "none"
-    if config_lib.own_draws(config) or corrected or config.rollout.source == "corrected":
+    if config_lib.own_draws(config) or corrected or config.rollout.source == "corrected" or config_lib.keeps_scores(config):
         progress.phase(f"gradient: {claim.of_run(objective, config)}")
     asked, whole = config.rollout, config_lib.Rollout()
     law = {name: getattr(asked, name) for name in ("top_p", "top_k", "min_p") if getattr(asked, name) != getattr(whole, name)}
@@ -266,9 +275,26 @@ def _measure(
     return measured
 
 
-def _make_pipeline(config: Config, task: tasks.Task, pair: Pair, chosen: list[tasks.Example] | None) -> Pipeline:
-    """Raises UserError for examples that cannot be used; a very long task is checked in its first batch. `chosen`: some of the task's."""
-    examples = task.examples("train") if chosen is None else chosen
+def _with_store(config: Config, make_store: Callable[[str, str], str]) -> Config:
+    """Replaces rollout.cache_recipe by the folder of its store; a folder that is given goes before it."""
+    if not config.rollout.cache_recipe:
+        return config
+    folder = config.rollout.cache or make_store(config.rollout.cache_recipe, config.cache_dir)
+    return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, cache=folder, cache_recipe=""))
+
+
+def _examples(
+    config: Config, task: tasks.Task, stored: Store | None, measured: difficulty.Measured | None
+) -> tuple[Sequence[tasks.Example], int | None]:
+    """(what is trained on: a store's, those of a chosen difficulty, or all of the task's; a bound of their ids where some are left out)."""
+    if config.rollout.source == "cache":
+        return replay.examples(stored), None
+    chosen = difficulty.chosen(config, measured) if measured else None
+    return (chosen, max(example.id for example in chosen) + 1) if chosen else (task.examples("train"), None)
+
+
+def make_pipeline(config: Config, pair: Pair, examples: Sequence[tasks.Example], ids_below: int | None = None) -> Pipeline:
+    """Raises UserError for examples that cannot be used; a very long task is checked in its first batch. `ids_below`: see Pipeline."""
     pipeline = Pipeline(
         examples,
         pair.student_prompts,
@@ -276,7 +302,7 @@ def _make_pipeline(config: Config, task: tasks.Task, pair: Pair, chosen: list[ta
         prompts_per_step=config.rollout.batch_size // config.rollout.group_size,
         group_size=config.rollout.group_size,
         seed=config.seed,
-        ids_below=None if chosen is None else max(example.id for example in chosen) + 1,
+        ids_below=ids_below,
     )
     first = pipeline.batch(0).examples
     if config_lib.needs_solutions(config):
@@ -284,7 +310,12 @@ def _make_pipeline(config: Config, task: tasks.Task, pair: Pair, chosen: list[ta
     return pipeline
 
 
-def _make_source(config: Config, student: LoadedModel, teacher: LoadedModel | None, task: tasks.Task, mesh: Mesh) -> rollout.Source:
+def make_source(
+    config: Config, student: LoadedModel, teacher: LoadedModel | None, task: tasks.Task, mesh: Mesh, stored: Store | None = None
+) -> rollout.Source:
+    """Where a config's completions come from; `stored` is for rollout.source=cache."""
+    if config.rollout.source == "cache":
+        return replay.source(stored, mesh)
     return rollout.make_source(
         config.rollout,
         tokenizer=student.tokenizer,

@@ -15,6 +15,7 @@ from opd_jax import parallel
 from opd_jax.models import forward
 from opd_jax.models.config import ModelConfig
 from opd_jax.numerics.estimators import Context
+from opd_jax.numerics.targets import SparseTarget, TokenTarget
 from opd_jax.objective import Share
 from opd_jax.teachers import Bank, Parameters
 from opd_jax.types import TrainState, View
@@ -33,6 +34,7 @@ class Batch:
     shares: tuple[Share, ...]  # of the parts of the objective
     route_B: jax.Array | None = None  # number of the teacher of each row, where there are several
     compared_B: jax.Array | None = None  # False on rows that no teacher is for, of which the metrics say nothing; None: on none
+    scores: SparseTarget | TokenTarget | None = None  # what is known of the teacher's law, where the teacher does not read the completions
 
 
 def make_batch(
@@ -45,6 +47,7 @@ def make_batch(
     route_B: jax.Array | None = None,
     compared_B: jax.Array | None = None,
     domain_B: jax.Array | None = None,
+    scores: SparseTarget | TokenTarget | None = None,
 ) -> Batch:
     """Adds the weights and global denominators of the parts' normalisers. `contexts`: of parts that have one of their own, by name.
 
@@ -52,7 +55,7 @@ def make_batch(
     """
     own = contexts or {}
     shares = (objective_lib.share(part, own.get(part.name, context), objective.max_length, domain_B) for part in objective.parts)
-    return Batch(student, teacher, context.mask_BT, tuple(shares), route_B, compared_B)
+    return Batch(student, teacher, context.mask_BT, tuple(shares), route_B, compared_B, scores)
 
 
 def make_schedule(settings: config_lib.Learner, steps: int) -> optax.Schedule:
@@ -192,7 +195,7 @@ def _heads(objective: objective_lib.Objective, student_config, bank: Bank | None
     whole = functools.partial(attach, base) if attach else lambda trained: trained
     own = whole(params)
     student = forward.hidden(own, student_config, micro.student)
-    targets, seen = {"teacher": None, "reference": None}, {}
+    targets, seen = {"teacher": micro.scores, "reference": None}, {}
     if bank is not None:
         gain = bank.rule.gain(adaptive) if bank.rule else None
         parameters = jax.lax.stop_gradient(Parameters(frozen, whole(kept) if bank.keeps else {}, own, gain))

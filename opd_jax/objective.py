@@ -9,10 +9,11 @@ import jax.numpy as jnp
 
 from opd_jax import config as config_lib
 from opd_jax import parallel, teachers
-from opd_jax.config import Config, ConfigError, check_choice, needs_solutions
+from opd_jax.config import Config, ConfigError, check_choice, keeps_scores, needs_solutions
 from opd_jax.numerics import baselines, credit, diagnostics, entries, estimators, gates, importance, masked
 from opd_jax.numerics.estimators import Context, Estimator
 from opd_jax.numerics.gates import Gate
+from opd_jax.numerics.targets import AnyTarget
 from opd_jax.numerics.token_stats import SUPPORTS, TAILS, Head, Signal, Stats, Target, token_stats
 
 
@@ -47,7 +48,7 @@ class Objective:
 
     parts: tuple[Part, ...]
     max_length: int  # tokens, the divisor of normaliser="constant"
-    has_teacher: bool  # the teacher scores each update's completions
+    has_teacher: bool  # the teacher reads each update's completions; otherwise none is asked, or its scores come with them
     diagnostics: bool = False  # measure diag/ beside the loss
     several: bool = False  # there are several teachers, which may disagree
 
@@ -72,7 +73,7 @@ class Objective:
 
 
 # What each model of the loss says of some rows: heads of the student, targets by the name of who is compared with.
-Targets = dict[str, Target | None]
+Targets = dict[str, AnyTarget | None]
 
 
 def from_config(config: Config, *, has_teacher: bool) -> Objective:
@@ -80,14 +81,14 @@ def from_config(config: Config, *, has_teacher: bool) -> Objective:
     teachers.check(config)
     parts = _parts(config)
     needing = next((part for part in parts if part.against == "teacher" and part.compares), None)
-    if needing and not has_teacher:
+    if needing and not has_teacher and config.rollout.source != "cache":
         block, settings = ("extra_signal", config.extra_signal) if needing.name == "extra" else ("signal", config.signal)
         asked = f"{block}.divergence = {settings.divergence!r}"
         if not needing.estimator.signal.needs_target:
             asked = f"{GATES[needing.name]}.kind = {needing.gate.kind!r}"
         raise ConfigError(f"config field teacher.path = '' must name a model, because {asked} needs a teacher")
     # Cross-entropy needs no teacher, and the metrics that compare with one speak of the student's own completions.
-    scored = has_teacher and (bool(needing) or config.rollout.source in ("student", "mix"))
+    scored = has_teacher and not keeps_scores(config) and (bool(needing) or config.rollout.source in ("student", "mix"))
     if config.extrapolation.adaptive and not scored:
         raise ConfigError("config field extrapolation.adaptive = True needs a teacher that scores; give teacher.path, or use False")
     several = len(teachers.asked(config)) > 1
@@ -304,14 +305,15 @@ def _sums(stats: Stats, mask_BT: jax.Array, compared_B: jax.Array | None) -> dic
     return sums
 
 
-def look(objective: Objective, student: Head, target: Target | None, tokens_BT: jax.Array) -> Stats | None:
-    """What the diagnostics see of these rows, at temperature 1; None where they are off.
+def look(objective: Objective, student: Head, target: AnyTarget | None, tokens_BT: jax.Array) -> Stats | None:
+    """What the diagnostics see of these rows, at temperature 1; None where they are off. Of a law known in part they see nothing.
 
     A pass over the vocabulary of its own, behind a barrier: the compiler does not merge it with the loss, whose numbers must not depend on
     who looks on.
     """
     if not objective.diagnostics:
         return None
+    target = target if isinstance(target, Target) else None
     student, target = jax.lax.optimization_barrier(jax.lax.stop_gradient((student, target)))
     k = objective.estimator.signal.k or diagnostics.TOP
     signal = Signal("reverse_kl", "topk_teacher", k=k) if target is not None else Signal("nll")

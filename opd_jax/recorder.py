@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax import context_gap, cost, environments, machine, rewards, rollout
+from opd_jax import context_gap, cost, environments, labels, machine, rewards, rollout
 from opd_jax.batches import Made
 from opd_jax.data import tasks
 from opd_jax.data.pipeline import Batch
@@ -116,7 +116,7 @@ class Recorder:
     def _complete(self, pending: Pending, *, evaluate: bool = False) -> dict:
         record = {"step": pending.step, **self._train_metrics(pending.step, pending.measured), **self._rollout_metrics(pending)}
         if "diagnostics" in pending.measured:
-            own = self._writer(pending.step) == "student"
+            own = self._on_policy(pending.step)
             record |= self._diagnostics.record(pending.measured["diagnostics"], pending.completions, own_draws=own)
         finished = pending.finished.result()
         seconds, self._clock = finished - self._clock, finished
@@ -131,13 +131,17 @@ class Recorder:
         """Who wrote the completions of update number `step`."""
         return rollout.writer(self.job.config.rollout, self.job.config.seed, step - 1)
 
+    def _on_policy(self, step: int) -> bool:
+        """Whether update number `step` learns from completions of the student as it is."""
+        return self._writer(step) == "student" and not self.job.config.rollout.aggregate
+
     def _train_metrics(self, step: int, measured: dict) -> dict[str, float]:
         values = {name: float(value) for name, value in measured.items() if name != "diagnostics"}
         for name, value in values.items():
             if not np.isfinite(value):
                 self._pending = None  # no update after this one changed the state
                 raise FloatingPointError(f"step {step}: {name} is {value}; the state before this update is saved")
-        if self._writer(step) != "student":  # these two are statements about the student's own completions
+        if not self._on_policy(step):  # these two are statements about the student's own completions
             values = {name: value for name, value in values.items() if name not in ("train/reverse_kl", "train/log_ratio_mean")}
         return values | {"train/learning_rate": float(self.job.schedule(step - 1))}
 
@@ -148,8 +152,10 @@ class Recorder:
         self._info["tokens_total"] += drawn
         prompt, teacher_prompt = (int(np.asarray(read.mask_BS).sum()) for read in (prompts.prompts, pending.made.teacher_prompts))
         read = {"prompt": prompt, "teacher_prompt": teacher_prompt, "completion": int(standing_BT.sum())}
+        learnt = pending.made.learnt
         # Of corrected completions the student's beginning was sampled too, though it is not learnt from.
-        work = self._accounts(writer).work(**read, drawn=None if writer == "corrected" else drawn)
+        read |= {"drawn": None if writer == "corrected" else drawn, "learnt": learnt and learnt.tokens}
+        work = self._accounts(writer).work(**read)
         for name, amount in work._asdict().items():
             self._info[name] += amount
         record = {
@@ -163,6 +169,8 @@ class Recorder:
             **pending.made.counts,
         }
         record |= _token_shares(prompts.examples, np.asarray(completions.mask_BT))
+        if learnt is not None:
+            record["replay/age"] = learnt.age
         if config.rollout.source == "mix":
             record["rollout/on_policy"] = int(writer == "student")
         if config.rollout.max_turns > 1 and writer != "dataset":
@@ -170,7 +178,8 @@ class Recorder:
             record["rollout/turns"], record["rollout/call_errors"] = environments.counts(environment, texts)
         if pending.annotated is not None:
             self.job.writer.samples(self.job.samples.lines(pending.step, prompts, pending.annotated))
-        if (self.job.task.verifiable or config.reward.judge) and writer != "dataset":
+        judges = self.job.task.verifiable or config.reward.judge
+        if judges and (writer not in ("dataset", "cache") or (writer == "cache" and pending.made.judged)):
             judged = pending.made.judged or self.job.make_batch.judge(prompts, completions)
             record["rollout/reward"] = float(judged.reward_B.mean())
             record |= rewards.metrics(judged, config.rollout.group_size)
@@ -220,4 +229,5 @@ def _accounts(job: Job) -> Callable[[str], cost.Account]:
     student, adapter = job.student, cost.size(job.state.params) if job.student.lora else 0
     base = cost.parameters(student.config, student.params if student.lora else job.state.params)
     teacher = cost.parameters(job.teacher.config, job.teacher.params) if job.teacher else None
-    return lambda writer: cost.account(writer, base + adapter, adapter or base, teacher, scored=job.objective.has_teacher)
+    scored = job.objective.has_teacher or (job.config.rollout.aggregate and labels.form_of(job.objective).scores != "none")
+    return lambda writer: cost.account(writer, base + adapter, adapter or base, teacher, scored=scored)

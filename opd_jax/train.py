@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-from opd_jax import checkpoint
+from opd_jax import checkpoint, score_cache, store
 from opd_jax import config as config_lib
 from opd_jax.cli import Interrupted, StopRequest
 from opd_jax.config.loading import load_config
@@ -37,8 +37,8 @@ def run(
     """
     progress = progress or Progress(quiet=True)
     parsed = config_lib.parse(config)
-    recipes = functools.partial(make_model, stop=stop, progress=progress)
-    job = setup(parsed, workdir, make_model=recipes, progress=progress, own_task=task, own_judge=judge)
+    recipes, stores = (functools.partial(make, stop=stop, progress=progress) for make in (make_model, make_store))
+    job = setup(parsed, workdir, make_model=recipes, make_store=stores, progress=progress, own_task=task, own_judge=judge)
     recorder = Recorder(job, progress)
     try:
         progress.begin(job.config.steps, done=job.step)
@@ -50,7 +50,8 @@ def run(
                 prompts = job.pipeline.batch(step)
                 scorer = job.scorer(recorder.state)
                 completions = job.rollouts(job.policy(recorder.state.params), scorer, prompts, step)
-                made = job.make_batch(prompts, completions, scorer)
+                recalled = job.recall(prompts, completions, scorer, step)
+                made = job.make_batch(prompts, completions, scorer, recalled)
                 annotated = recorder.annotate(step + 1, prompts, completions, made)
                 recorder.state, measured = job.update(recorder.state, job.frozen, made.batch, job.student.params)
             yield from recorder.record(step + 1, prompts, completions, made, measured, annotated)
@@ -69,8 +70,18 @@ def make_model(recipe: str, cache_dir: str, *, stop: StopRequest | None = None, 
     return str(workdir)
 
 
+def make_store(recipe: str, cache_dir: str, *, stop: StopRequest | None = None, progress: Progress | None = None) -> str:
+    """Writes the store of a config, configs/FILE.py[:arg], unless that is done; returns its folder under `cache_dir`."""
+    config, folder = locate_recipe(recipe, cache_dir)
+    progress = progress or Progress(quiet=True)
+    if not store.is_whole(folder):
+        progress.phase(f"writing the store of {recipe} in {folder} (once)")
+        score_cache.write(config_lib.parse(config), folder, make_model=make_model, stop=stop, progress=progress)
+    return str(folder)
+
+
 def locate_recipe(recipe: str, cache_dir: str) -> tuple:
-    """(ConfigDict, run directory) of a recipe; nothing is made."""
+    """(ConfigDict, folder of its run or store) of a recipe; nothing is made."""
     config = load_config(recipe)
     digest = hashlib.blake2b(repr(config_lib.parse(config)).encode(), digest_size=4).hexdigest()
     name = recipe.removesuffix(".py").replace(".py:", "_").replace("/", "_").replace(",", "_")

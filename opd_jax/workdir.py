@@ -113,6 +113,7 @@ def restore(
         "base_hash": f"student.path = {config.student.path!r}: its weights are not those",
         "teacher_hash": f"teacher.path = {_others(config)!r}: its weights are not those",
         "data_hash": f"task.path = {config.task.path!r}: is not the file",
+        "store_hash": f"rollout.cache = {config.rollout.cache!r}: is not the store",
         "prompts_hash": f"context.student.template = {config.context.student.template!r} (or the teacher's, or a tokenizer) is not what",
     }
     changed |= {"difficulty_hash": f"{checkpoints.directory.parent / 'difficulty.json'}: is not what"}

@@ -113,7 +113,7 @@ def test_tokens_are_left_out_by_position_and_kind():
 
 def test_rollouts_are_left_out_by_their_verdict():
     texts = ["ab", "c", "crash", "b"]
-    for masking, keep_B in (({"malformed": "drop"}, [1, 0, 0, 1]), ({"solved": "drop"}, [0, 1, 1, 1])):
+    for masking, keep_B in (({"malformed": "drop"}, [1, 0, 0, 1]), ({"solved": "drop"}, [0, 1, 1, 1]), ({"failed": "drop"}, [1, 0, 0, 0])):
         made, completions, goal = make(texts, masking=config_lib.Masking(**masking))
         np.testing.assert_array_equal(mask_of(made, goal), np.asarray(completions.mask_BT) & np.array(keep_B, bool)[:, None])
         assert made.judged.errors == 1

@@ -54,7 +54,8 @@ def test_defaults_round_trip():
         ({"learner__learning_rate": float("nan")}, "config field learner.learning_rate = nan must be a finite number"),
         (
             {"rollout__source": "teachr"},
-            "config field rollout.source = 'teachr' is not known; valid: student, teacher, dataset, mix, dagger, corrected; did you mean teacher?",
+            "config field rollout.source = 'teachr' is not known; valid: student, teacher, dataset, mix, dagger, corrected, cache; did you "
+            "mean teacher?",
         ),
         ({"loss__normaliser": "mean"}, "config field loss.normaliser = 'mean' is not known; valid: token_mean, sequence_mean"),
         (

@@ -208,7 +208,7 @@ def update(trained, tmp_path_factory):
     """A run of one update, with an evaluation before it: (job before it, its parts of step 1, the records of the run)."""
     c = opd_config(trained, **{"learner.clip_norm": 0.01})
     folder = tmp_path_factory.mktemp("update")
-    first = job.setup(config_lib.parse(c), folder / "parts", make_model=None, progress=Progress(quiet=True))
+    first = job.setup(config_lib.parse(c), folder / "parts", make_model=None, make_store=None, progress=Progress(quiet=True))
     with jax.set_mesh(first.mesh):
         prompts = first.pipeline.batch(0)
         completions = first.rollouts(first.state.params, first.scorer(first.state), prompts, 0)

@@ -27,13 +27,15 @@ score
 turns
 rollout
 checkpoint
+store
 model_io
 teachers
 routing
 pair
 difficulty
 objective
-claim learner
+labels
+claim learner replay
 batches
 metrics
 trackers
@@ -46,6 +48,7 @@ samples
 workdir
 job
 recorder
+score_cache
 train
 analysis
 sweeps""".splitlines()

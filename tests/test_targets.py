@@ -184,6 +184,15 @@ def test_a_cached_top_k_is_as_good_as_the_law(kind, tail, k):
         assert close(*(getattr(stats(target, signal, ("target_mass", "mass", "local")), name) for target in targets))
 
 
+def test_a_hard_label_is_the_limit_of_a_cold_teacher_and_needs_one_cached_token():
+    hard = Signal("top1_cross_entropy")
+    cold = gradient(one(logits(2)), Signal("forward_kl", teacher_temperature=1e-3))
+    assert close(gradient(one(logits(2)), hard), cold, 1e-9)
+    assert close(gradient(cached(logits(2), 1), hard), cold, 1e-9)
+    # Renormalised on a single token both laws are 1 there: no label, but nothing to learn.
+    assert not gradient(one(logits(2)), Signal("forward_kl", "topk_teacher", k=1)).any()
+
+
 def test_cached_log_probs_are_as_good_as_the_law_for_what_is_sampled():
     law = jax.nn.log_softmax(jnp.asarray(logits(2)))
     target = TokenTarget(jnp.take_along_axis(law, tokens()[..., None], axis=-1)[..., 0])

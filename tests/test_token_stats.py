@@ -19,6 +19,7 @@ SIGNALS = {
     "nll": Signal("nll"),
     "cross_entropy": Signal("cross_entropy"),
     "negative_entropy": Signal("negative_entropy"),
+    "top1_cross_entropy": Signal("top1_cross_entropy"),
 }
 
 FULL = [name for name in STATISTICS if name != "overlap" and not name.startswith("extra")]  # what needs neither a top-k nor extra tokens
@@ -62,6 +63,7 @@ def plain_loss(student: Head, teacher: Head, tokens_BT, signal: Signal):
         "nll": lambda: -pick(logp),
         "cross_entropy": lambda: -jnp.sum(q * finite(logp), -1),
         "negative_entropy": lambda: jnp.sum(p * finite(logp), -1),
+        "top1_cross_entropy": lambda: -jnp.sum(jnp.where(logq == logq.max(-1, keepdims=True), logp, 0.0), -1),
     }[signal.kind]()
     if signal.support == "sampled":
         local = jax.lax.stop_gradient(pick(logp) - pick(logq)) * pick(logp)

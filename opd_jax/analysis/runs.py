@@ -138,7 +138,8 @@ def group_by_seed(runs: Sequence[Run]) -> list[Group]:
 def _but_seed(run: Run) -> dict[str, Any]:
     """The config without seeds: prompts and the models of recipes (configs/FILE.py:student,seed=3) may follow them."""
     kept = {name: value for name, value in run.config.items() if name not in ("seed", "task.seed")}
-    recipes = {name: re.sub(r",seed=\d+\b", "", kept.get(name, "")) for name in ("student.recipe", "teacher.recipe")}
+    names = ("student.recipe", "teacher.recipe", "rollout.cache_recipe")
+    recipes = {name: re.sub(r",seed=\d+\b", "", kept.get(name, "")) for name in names}
     return kept | recipes
 
 

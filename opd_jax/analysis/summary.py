@@ -25,6 +25,7 @@ METHODS = {
     "mix": "distillation on its own samples and the task's solutions in turn (GKD)",
     "dagger": "distillation on samples that the teacher has a part in (DAgger)",
     "corrected": "distillation on the teacher's continuations of its own beginnings",
+    "cache": "distillation on stored completions (offline)",
 }
 SIGNALS = {"nll": "negative log-likelihood", "reverse_kl": "reverse KL", "forward_kl": "forward KL", "jsd": "Jensen-Shannon divergence"}
 

@@ -49,6 +49,7 @@ from opd_jax.config.fields import (
     extrapolates,
     flatten,
     has_teacher,
+    keeps_scores,
     measures_difficulty,
     names_in,
     needs_reference,

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from opd_jax.config.fields import Architecture, Config, Signal, flatten, has_teacher, needs_solutions, own_draws
+from opd_jax.config.fields import Architecture, Config, Signal, flatten, has_teacher, measures_difficulty, needs_solutions, own_draws
 from opd_jax.types import UserError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text")  # what student.init can make
@@ -82,13 +82,13 @@ def _require(condition: bool, name: str, value: Any, valid: str) -> None:
 def validate(config: Config) -> None:
     """Refuses values out of range and fields that contradict each other. Raises ConfigError."""
     _check_range(flatten(config))
-    check_choice("rollout.source", config.rollout.source, ("student", "teacher", "dataset", "mix", "dagger", "corrected"))
+    check_choice("rollout.source", config.rollout.source, ("student", "teacher", "dataset", "mix", "dagger", "corrected", "cache"))
     check_choice("rollout.cut", config.rollout.cut, ("random", "worst"))
     check_choice("reward.only", config.reward.only, ("all", "solved"))
     check_choice("preference.judge", config.preference.judge, ("teacher", "teacher_mean", "reward"))
     check_choice("loss.balance", config.loss.balance, ("none", "tag"))
     check_choice("regulariser.divergence", config.regulariser.divergence, ("reverse_kl", "forward_kl"))
-    for name in ("special_tokens", "malformed", "solved"):
+    for name in ("special_tokens", "malformed", "solved", "failed"):
         check_choice(f"masking.{name}", getattr(config.masking, name), ("keep", "drop"))
     check_choice("rollout.overlong", config.rollout.overlong, ("refuse", "truncate"))
     check_choice("rollout.stop", config.rollout.stop, ("same", "union"))
@@ -124,6 +124,7 @@ def validate(config: Config) -> None:
     _check_preference(config)
     low, high = config.task.difficulty_low, config.task.difficulty_high
     _require(low <= high, "task.difficulty_low", low, f"must be at most task.difficulty_high = {high:g}")
+    _check_stored(config)
     _check_context(config)
     lora, base = config.student.lora, config.student.path or config.student.recipe
     _require(not lora.rank or bool(base), "student.lora.rank", lora.rank, "needs weights to adapt, but student.path and recipe are empty")
@@ -184,10 +185,13 @@ def _check_teacher(config: Config) -> None:
     )
     own = _own_draws("signal", config.signal) or (_own_draws("extra_signal", config.extra_signal) if config.extra_signal.weight else "")
     own = f"estimator.credit = {config.estimator.credit!r}" if config.estimator.credit != "token" else own
-    corrected = source == "dagger" and config.estimator.importance != "none"  # the law of the mixture is known, and covers the student's
-    remedy = "; or let estimator.importance correct for who wrote" if source == "dagger" else ""
+    known = source == "dagger" or config.rollout.aggregate  # the law that wrote is, and covers the student's
+    corrected = known and config.estimator.importance != "none"
+    remedy = "; or let estimator.importance correct for who wrote" if known else ""
     remedy = "; or let rollout.student_fraction be 1" if source == "mix" else remedy
-    fits = own_draws(config) or corrected or not own
+    fits = own_draws(config) or corrected or not own or source == "cache"  # of which the claim says what it spoils
+    if source == "student":
+        _require(fits, "rollout.aggregate", True, f"must be False, because {own} needs draws of the student as it is{remedy}")
     _require(fits, "rollout.source", source, f"must be 'student', because {own} needs draws of the student{remedy}")
     greedy = config.rollout.temperature == 0 or config.rollout.top_k == 1
     own = f"reward.weight = {config.reward.weight:g}" if config.reward.weight else own
@@ -206,6 +210,32 @@ def _check_preference(config: Config) -> None:
     _require(settings.judge == "reward" or has_teacher(config), "teacher.path", "", f"must name a model, because {ranks} asks it")
     members = len(config.teacher.members)
     _require(settings.judge == "reward" or members < 2, "preference.judge", settings.judge, f"is one teacher, and there are {members}")
+
+
+def _check_stored(config: Config) -> None:
+    rollout, masking = config.rollout, config.masking
+    for name in ("cache", "cache_recipe"):
+        value = getattr(rollout, name)
+        fits = not value or rollout.source == "cache"
+        _require(fits, f"rollout.{name}", value, f"needs rollout.source = 'cache', not {rollout.source!r}")
+    given = rollout.cache or rollout.cache_recipe or rollout.source != "cache"
+    _require(given, "rollout.cache", "", "must name a folder that experiments/score_cache.py has written, or rollout.cache_recipe a config")
+    if rollout.source == "cache":
+        low = config.task.difficulty_low
+        _require(
+            not measures_difficulty(config), "task.difficulty_low", low, "and difficulty_high choose no prompts of a store; use 0 and 1"
+        )
+    both = masking.solved == masking.failed == "drop"
+    _require(not both, "masking.failed", masking.failed, "leaves nothing to learn from beside masking.solved = 'drop'; use 'keep' in one")
+    if config.preference.weight and (rollout.aggregate or rollout.source == "cache"):
+        judge = config.preference.judge
+        _require(judge == "reward", "preference.judge", judge, "asks the teacher, whose scores are stored; use 'reward'")
+    if rollout.aggregate:
+        fits = rollout.source in ("student", "dagger")
+        _require(fits, "rollout.source", rollout.source, "must be 'student' or 'dagger', because rollout.aggregate = True")
+        _require(has_teacher(config), "rollout.aggregate", True, "needs a teacher, whose labels it keeps; set teacher.path")
+        weight = config.reward.weight
+        _require(not weight, "rollout.aggregate", True, f"must be False: reward.weight = {weight:g} is for the student's own completions")
 
 
 def _own_draws(block: str, signal: Signal) -> str:

@@ -97,9 +97,15 @@ class Context:
 @dataclasses.dataclass(frozen=True)
 class Rollout:
     # student (on-policy), teacher (SeqKD), dataset (SFT); mix: the student in some steps, the data set in the others (GKD); dagger: the
-    # teacher some tokens, the student the others (DAgger without aggregation; with beta_decay=1 the teacher-mixed sampling of MiniLLM);
-    # corrected: the student up to a cut, the teacher the rest, whose tokens alone are learnt from
+    # teacher some tokens, the student the others (DAgger with aggregate; with beta_decay=1 the teacher-mixed sampling of MiniLLM);
+    # corrected: the student up to a cut, the teacher the rest, whose tokens alone are learnt from; cache: completions with the teacher's
+    # scores, written before (Lightning OPD)
     source: str = "student"  # who writes the completions
+    cache: str = ""  # source=cache: folder of a store, as experiments/score_cache.py writes it
+    cache_recipe: str = ""  # source=cache, without a folder: configs/FILE.py[:arg] whose store is written on first use (under `cache_dir`)
+    # source=student or dagger: each update learns from as many completions as it has, drawn uniformly from all of the run so far; the
+    # teacher scores each once
+    aggregate: bool = False  # off-policy replay, the data aggregation of DAgger
     student_fraction: float = 0.5  # source=mix: probability with which a step's completions are the student's (lambda of GKD)
     beta: float = 0.2  # source=dagger: probability with which the teacher writes a token, in the first round
     beta_decay: float = 1.0  # source=dagger: factor of beta from round to round; 0: the teacher writes in the first round alone
@@ -180,12 +186,14 @@ class Masking:
     special_tokens: str = "keep"  # keep, or drop the tokens that the tokenizer calls special (stop tokens among them)
     malformed: str = "keep"  # keep, or drop completions that are no answer in the task's format
     solved: str = "keep"  # keep, or drop completions with a reward of 1
+    failed: str = "keep"  # keep, or drop completions with a reward below 1 (rejection of a teacher's samples by the verifier)
     tags: str = ""  # tags of the examples that are distilled, with commas between them; empty: all; others need no teacher
 
 
 @dataclasses.dataclass(frozen=True)
 class Signal:
-    # reverse_kl, forward_kl, jsd, jsd_continuous, skew_forward_kl, skew_reverse_kl; without a teacher nll, negative_entropy; cross_entropy
+    # reverse_kl, forward_kl, jsd, jsd_continuous, skew_forward_kl, skew_reverse_kl; without a teacher nll, negative_entropy; cross_entropy,
+    # or with the teacher's most probable token alone as a hard label top1_cross_entropy
     divergence: str = "reverse_kl"  # which per-token loss compares student and teacher
     # full: sum over the vocabulary; sampled: the sampled token alone (unbiased in expectation); topk_teacher, topk_student, topk_union (of
     # both): the k most probable tokens; with "+token" the sampled one too
@@ -393,8 +401,16 @@ def has_teacher(config: Config) -> bool:
 
 
 def own_draws(config: Config) -> bool:
-    """Whether the student alone writes the completions of every step."""
-    return config.rollout.source == "student" or (config.rollout.source == "mix" and config.rollout.student_fraction == 1)
+    """Whether the student, as it is, writes all completions that an update learns from."""
+    settings = config.rollout
+    if settings.aggregate:
+        return False
+    return settings.source == "student" or (settings.source == "mix" and settings.student_fraction == 1)
+
+
+def keeps_scores(config: Config) -> bool:
+    """Whether updates learn from stored scores of the teacher, which does not read their completions."""
+    return config.rollout.source == "cache" or config.rollout.aggregate
 
 
 def needs_solutions(config: Config) -> bool:
@@ -416,7 +432,8 @@ def needs_verdicts(config: Config) -> bool:
     """Whether an update looks at what the verifier says of its completions."""
     judged = {"feedback", "sibling"} & set(names_in(config.context.privileged.reads))
     ranked = config.preference.weight > 0 and config.preference.judge == "reward"
-    return bool(judged) or ranked or config.reward.weight > 0 or "drop" in (config.masking.malformed, config.masking.solved)
+    masked = "drop" in (config.masking.malformed, config.masking.solved, config.masking.failed)
+    return bool(judged) or ranked or config.reward.weight > 0 or masked
 
 
 def measures_difficulty(config: Config) -> bool:

@@ -88,11 +88,14 @@ class Pipeline:
         mine = slice(index * self._per_step // count, (index + 1) * self._per_step // count)
         # A prompt that comes twice in one step (few prompts, large batch) must not draw the same completion twice.
         ids = [(example.id + self._ids_below * seen) for example, seen in zip(examples, occurrences, strict=True)]
-        rollout_ids = [i * self._group_size + g for i in ids[mine] for g in range(self._group_size)]
-        rows = [example.prompt for example in examples[mine] for _ in range(self._group_size)]
+        return self.encode(examples[mine], [i * self._group_size + g for i in ids[mine] for g in range(self._group_size)])
+
+    def encode(self, examples: list[Example], rollout_ids: Sequence[int]) -> Batch:
+        """A batch of any examples, with the ids of their rollouts."""
+        rows = [example.prompt for example in examples for _ in range(self._group_size)]
         prompts, truncated = self._student.encode(rows, rollout_ids)
         teacher_prompts, more = self._teacher.encode(rows, rollout_ids) if self._teacher else (prompts, 0)
-        return Batch(examples[mine], prompts, teacher_prompts, max(truncated, more) // self._group_size)
+        return Batch(examples, prompts, teacher_prompts, max(truncated, more) // self._group_size)
 
 
 def _occurrences(ids: list[int]) -> list[int]:

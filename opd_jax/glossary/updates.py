@@ -19,14 +19,14 @@ def described() -> dict[str, Description]:
         "train/learning_rate": Description("learning rate of this update", "schedule(n - 1)", "-"),
         **_parts(),
         "train/reverse_kl": Description(
-            "reverse KL to the teacher on the student's own completions (rollout.source = student; mix: in on-policy steps), of examples "
-            "that have a teacher",
+            "reverse KL to the teacher on the student's own completions (rollout.source = student without rollout.aggregate; mix: in "
+            "on-policy steps), of examples that have a teacher",
             "(1/M) sum_bt m_bt K_bt",
             "nats/token",
         ),
         "train/log_ratio_mean": Description(
-            "log-ratio of teacher to student on the student's own completions (rollout.source = student; mix: in on-policy steps); "
-            "drawn from pi itself, its expectation is minus train/reverse_kl",
+            "log-ratio of teacher to student on the student's own completions (rollout.source = student without rollout.aggregate; mix: in "
+            "on-policy steps); drawn from pi itself, its expectation is minus train/reverse_kl",
             "(1/M) sum_bt m_bt l_bt",
             "nats/token",
         ),
@@ -80,6 +80,13 @@ def _rollouts() -> dict[str, Description]:
             "1[u_n < rollout.student_fraction], u_n uniform, a function of seed and step",
             "1 or 0",
             "Agarwal et al. 2024, GKD",
+        ),
+        "replay/age": Description(
+            "updates since the completions that this step learns from were written, on average (rollout.aggregate; rollout/ and the "
+            "verdicts speak of the completions that this step wrote, train/ and rollout/entropy of those it learns from)",
+            "(1/P) sum_p (n - n_p), n_p the update that wrote the completions of prompt p",
+            "updates",
+            "Ross, Gordon and Bagnell 2011, DAgger",
         ),
         "rollout/length": Description(
             "mean length of this step's completions, with stop tokens and what others than their writer put in (beginnings, observations)",

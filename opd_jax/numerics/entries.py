@@ -19,8 +19,9 @@ DIVERGENCES = {
     "skew_forward_kl": True,
     "skew_reverse_kl": True,
 }
-# Losses that are not divergences: they do not vanish at p = q. The first two need no teacher.
-LOSSES = ("nll", "negative_entropy", "cross_entropy")
+# Losses that are not divergences: they do not vanish at p = q. The first two need no teacher; the last is -log p of the teacher's best
+# token.
+LOSSES = ("nll", "negative_entropy", "cross_entropy", "top1_cross_entropy")
 KINDS = (*DIVERGENCES, *LOSSES)
 
 Entry = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]

@@ -36,7 +36,8 @@ class Signal:
     bucket, whose rest is an entry too. BIASED: a clipped entry has no gradient of its own. Of forward_kl the softmax then pushes its token
     down where the divergence pulls it up, until it has no mass: that costs no more than `clip`.
 
-    Losses that are not divergences take `full` alone. Raises ValueError.
+    Losses that are not divergences take `full` alone. Of those, `top1_cross_entropy` is -log p at the teacher's most probable token: its
+    law as a hard label, the expert's action of DAgger (Ross, Gordon and Bagnell 2011). Raises ValueError.
     """
 
     kind: str

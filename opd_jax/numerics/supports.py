@@ -48,8 +48,9 @@ def overlap(logp: jax.Array, logq: jax.Array, k: int) -> jax.Array:
 
 def local(logp: jax.Array, logq: jax.Array | None, tokens_BT: jax.Array, signal: Signal) -> tuple[jax.Array, jax.Array]:
     """(per-token loss [B, t], its gradient over the student's logits at temperature 1 [B, t, V])."""
-    if signal.kind == "nll":
-        return -pick(logp, tokens_BT), jnp.exp(logp) - jax.nn.one_hot(tokens_BT, logp.shape[-1], dtype=logp.dtype)
+    if signal.kind in ("nll", "top1_cross_entropy"):
+        label_BT = tokens_BT if signal.kind == "nll" else jnp.argmax(logq, axis=-1)
+        return -pick(logp, label_BT), jnp.exp(logp) - jax.nn.one_hot(label_BT, logp.shape[-1], dtype=logp.dtype)
     entry = entries.entry(signal.kind, signal.beta)
     entry = entries.clipped(entry, signal.clip) if signal.clip else entry
     if signal.support == "sampled":

@@ -87,7 +87,8 @@ def check(target: AnyTarget | None, signal: Signal, needs) -> None:
     else:
         size = target.ids_BTK.shape[-1]
         what, known = f"the teacher's top {size}", _OF_SPARSE
-        fits = not signal.needs_target or (signal.support == "topk_teacher" and signal.k <= size and signal.tail in _SPARSE_TAILS)
+        on_top = signal.support == "topk_teacher" and signal.k <= size and signal.tail in _SPARSE_TAILS
+        fits = not signal.needs_target or signal.kind == "top1_cross_entropy" or on_top
         remedy = f"use signal.support = 'topk_teacher' with signal.k of at most {size} and signal.tail {', '.join(_SPARSE_TAILS)}"
     if not fits:
         asked = f"signal.divergence = {signal.kind!r}, signal.support = {signal.support!r}, signal.tail = {signal.tail!r}"

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from opd_jax import config as config_lib
-from opd_jax import train
+from opd_jax import store, train
 from opd_jax.cli import Interrupted, StopRequest
 from opd_jax.config import Config, loading
 from opd_jax.sweeps import board as board_lib
@@ -123,18 +123,26 @@ class _Runner:
             if source.path not in ("", config_lib.Reference.path) or not source.recipe:
                 continue
             made_of, workdir = train.locate_recipe(source.recipe, config.cache_dir)
-            if train.is_made(made_of, workdir):
-                continue
-            name = f"recipe_{workdir.name}"
-            if name not in found:
-                own = self._recipes(config_lib.parse(made_of), found)
-                arg = source.recipe.partition(":")[2]
-                file = f"{loading.find(source.recipe)}{':' if arg else ''}{arg}"
-                command = (sys.executable, str(TRAIN), f"--config={file}", f"--workdir={workdir}")
-                # Beside the models, so that two sweeps that share them do not make one model twice at the same time.
-                found[name] = Job(name, command, self._folder.point(name), workdir.with_name(f"{workdir.name}.lock"), own)
-            needs.append(name)
+            if not train.is_made(made_of, workdir):
+                needs.append(self._made(source.recipe, made_of, workdir, (str(TRAIN), f"--workdir={workdir}"), found))
+        if config.rollout.cache_recipe and not config.rollout.cache:
+            made_of, folder = train.locate_recipe(config.rollout.cache_recipe, config.cache_dir)
+            if not store.is_whole(folder):
+                script = (str(TRAIN.with_name("score_cache.py")), f"--out={folder}")
+                needs.append(self._made(config.rollout.cache_recipe, made_of, folder, script, found))
         return tuple(needs)
+
+    def _made(self, recipe: str, made_of, folder: pathlib.Path, script: tuple[str, str], found: dict[str, Job]) -> str:
+        """Name of the job that makes a recipe in its folder by (script, flag)."""
+        name = f"recipe_{folder.name}"
+        if name not in found:
+            own = self._recipes(config_lib.parse(made_of), found)
+            arg = recipe.partition(":")[2]
+            file = f"{loading.find(recipe)}{':' if arg else ''}{arg}"
+            command = (sys.executable, script[0], f"--config={file}", script[1])
+            # Beside the models, so that two sweeps that share them do not make one model twice at the same time.
+            found[name] = Job(name, command, self._folder.point(name), folder.with_name(f"{folder.name}.lock"), own)
+        return name
 
 
 def failures(folder: str | os.PathLike, results: Sequence[table.Result]) -> str:
