@@ -46,8 +46,11 @@ from opd_jax.config.fields import (
     Study,
     Task,
     Teacher,
-    extrapolates,
     flatten,
+)
+from opd_jax.config.loading import load_config
+from opd_jax.config.questions import (
+    extrapolates,
     has_teacher,
     keeps_scores,
     measures_difficulty,
@@ -57,7 +60,6 @@ from opd_jax.config.fields import (
     needs_verdicts,
     own_draws,
 )
-from opd_jax.config.loading import load_config
 
 
 def default() -> ConfigDict:

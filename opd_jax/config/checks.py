@@ -5,7 +5,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from opd_jax.config.fields import Architecture, Config, Signal, flatten, has_teacher, measures_difficulty, needs_solutions, own_draws
+from opd_jax.config.fields import Architecture, Config, Signal, flatten
+from opd_jax.config.questions import has_teacher, measures_difficulty, needs_solutions, own_draws
 from opd_jax.types import UserError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text")  # what student.init can make
