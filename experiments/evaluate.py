@@ -4,7 +4,6 @@ python experiments/evaluate.py --config=configs/NAME.py[:arg] --workdir=RUN     
 python experiments/evaluate.py --config=configs/NAME.py[:arg] --config.student.path=DIR
 """
 
-import dataclasses
 import functools
 import json
 import pathlib
@@ -31,14 +30,14 @@ def main(argv: list[str]) -> None:
     if WORKDIR.value:
         if not model_io.is_run_directory(WORKDIR.value):
             raise UserError(f"--workdir={WORKDIR.value}: is not a run directory (model/config.json is missing); give one of a training run")
-        parsed = dataclasses.replace(parsed, student=config.Student(path=WORKDIR.value))
+        parsed = job.of_run(parsed, WORKDIR.value)
     if OUT.value and not pathlib.Path(OUT.value).resolve().parent.is_dir():
         raise UserError(f"--out={OUT.value}: its folder does not exist; create it, or give another file")
     if OUT.value and pathlib.Path(OUT.value).is_dir():
         raise UserError(f"--out={OUT.value}: is a folder; give a file")
     if not parsed.eval.prompts:
         raise UserError("config field eval.prompts = 0 leaves nothing to evaluate; give --config.eval.prompts=N")
-    if not (parsed.teacher.path or parsed.teacher.recipe):
+    if not config.has_teacher(parsed):
         progress.phase("no teacher is configured: the KL is left out; --config.teacher.path=DIR adds it")
     task = tasks.from_config(parsed)
     mesh = parallel.make_mesh(parsed.mesh.data, parsed.mesh.fsdp, parsed.mesh.tensor)

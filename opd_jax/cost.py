@@ -2,8 +2,9 @@
 
 N counts the parameters that multiply a token: not the embedding, which is looked up, but the output projection, also where the two are
 one matrix (a distillation computes it for each token, and in a small model it is much of N); of a mixture's experts those that a token
-meets. Attention scores, recomputation (model.remat), the optimizer, diagnostics, logged samples and evaluations are not counted, and
-neither is padding. Source: Kaplan et al. 2020, Scaling Laws for Neural Language Models, 2.1, whose N leaves out the output projection.
+meets. Attention scores, recomputation (model.remat, second looks at logits), the optimizer, diagnostics, logged samples and evaluations
+are not counted, and neither is padding. Source: Kaplan et al. 2020, Scaling Laws for Neural Language Models, 2.1, whose N leaves out the
+output projection.
 """
 
 import dataclasses
@@ -30,7 +31,8 @@ class Account:
 
     student: int  # parameters, those of an adapter included
     trained: int  # those that have a gradient: all, or the adapter's
-    scorers: tuple[int, ...]  # parameters of each frozen model that reads the completions: teacher, references
+    scorers: tuple[int, ...]  # parameters of each law of the teachers that reads the completions, after the teachers' prompts
+    references: tuple[int, ...]  # of each that reads them after the student's
     generator: int  # parameters of the student where it samples; 0: it does not
     teacher_generator: int = 0  # of the teacher where it samples, after its own prompts; both 0: the data set's completions
 
@@ -41,23 +43,25 @@ class Account:
         other completions, which the update learns from in their place (rollout.aggregate).
         """
         sampling = 2 * self.generator * (prompt + completion) + 2 * self.teacher_generator * (teacher_prompt + completion)
-        scoring = 2 * sum(self.scorers) * (teacher_prompt + completion)
+        scoring = 2 * sum(self.scorers) * (teacher_prompt + completion) + 2 * sum(self.references) * (prompt + completion)
         # Forward 2 N; back 2 N by the activations, and 2 by each parameter that is trained. Where all are: 6 N.
         training = (4 * self.student + 2 * self.trained) * (prompt + completion if learnt is None else learnt)
         sampled = completion if drawn is None else drawn
         generated = sampled if self.generator or self.teacher_generator else 0
-        return Work(sampling + scoring + training, generated, completion * len(self.scorers))
+        return Work(sampling + scoring + training, generated, completion * (len(self.scorers) + len(self.references)))
 
 
-def account(writer: str, student: int, trained: int, teacher: int | None, *, scored: bool) -> Account:
+def account(
+    writer: str, student: int, trained: int, teacher: int | None, *, scorers: tuple[int, ...] = (), references: tuple[int, ...] = ()
+) -> Account:
     """Of steps whose completions `writer` wrote (student, teacher, dagger: both together, each reading all tokens; dataset or cache: none).
 
-    corrected is counted as dagger is, as if what the student wrote behind the cut had as many tokens as what took its place. `student` and
-    `teacher` are parameters; `scored`: the teacher reads the completions.
+    corrected is counted as dagger is, as if what the student wrote behind the cut had as many tokens as what took its place. All numbers
+    are parameters: of the student, of the teacher that may write, and of each model that scores every completion.
     """
     both = (student, teacher)
     generators = {"student": (student, 0), "teacher": (0, teacher), "dataset": (0, 0), "cache": (0, 0), "dagger": both, "corrected": both}
-    return Account(student, trained, (teacher,) if scored else (), *generators[writer])
+    return Account(student, trained, scorers, references, *generators[writer])
 
 
 def parameters(config: ModelConfig | Model, params: Any) -> int:

@@ -12,19 +12,29 @@ import numpy as np
 import scipy.stats
 from jax.sharding import Mesh
 
-from opd_jax import environments, injected, parallel, sampler, scores, wording
+from opd_jax import environments, injected, parallel, sampler, scores, teachers, wording
 from opd_jax.data import pipeline, tasks
 from opd_jax.data.tasks import Example, Task
 from opd_jax.model_io import LoadedModel
 from opd_jax.models import forward
 from opd_jax.models.config import ModelConfig
-from opd_jax.numerics.token_stats import Signal, Target, token_stats
+from opd_jax.numerics.token_stats import Signal, token_stats
 from opd_jax.rollout import sample
+from opd_jax.teachers import Bank, Parameters
 from opd_jax.turns import Turns
 from opd_jax.types import Prompts, Rollout, UserError, view
 
 # Draws of an evaluation depend on the seed alone, never on the step: evaluations of one run are paired.
 GREEDY, SAMPLED, TEACHER = range(3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Several:
+    """More than one teacher, as they were in the beginning, without a reference."""
+
+    bank: Bank
+    params: dict  # by name
+    route_P: np.ndarray | None = None  # number of the teacher of each prompt; None: all of them, as a mixture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +52,7 @@ class Evaluator:
     teacher_prompts: pipeline.Encoder | None  # None: the teacher reads what the student reads
     seed: int
     mesh: Mesh
+    several: Several | None = None  # in place of the teacher alone, which is the first of them
     inject_error: bool = False  # measure recovery after an error: one more greedy pass
     turns: Turns | None = None  # how completions are written where the task has an environment
 
@@ -119,8 +130,18 @@ class Evaluator:
 
     @functools.cached_property
     def _teacher_rollouts(self) -> list[tuple[tuple[Prompts, Prompts], Rollout, int]]:
-        """The same for every student: the teacher is frozen, and so are the prompts and the draws."""
-        return self._sample(self.teacher.params, self.teacher.config, TEACHER)
+        """The same for every student: the teacher is frozen, and so are the prompts and the draws. Of a mixture the first member writes."""
+        if self.several is None or self.several.route_P is None:
+            return self._sample(self.teacher.params, self.teacher.config, TEACHER)
+        written = [self._sample(self.several.params[name], model, TEACHER) for name, model in self.several.bank.members]
+        return [self._chosen(batches, example_B) for *batches, example_B in zip(*written, self._rows(self.samples), strict=True)]
+
+    def _chosen(self, batches, example_B: np.ndarray) -> tuple[tuple[Prompts, Prompts], Rollout, int]:
+        """Of one batch, as each teacher wrote it, the rows that are its own."""
+        at = self.several.route_P[example_B], np.arange(len(example_B))
+        chosen = jax.tree.map(lambda *x: np.stack(x)[at], *(rollout for _, rollout, _ in batches))
+        prompts, _, real = batches[0]
+        return prompts, parallel.shard_batch(chosen, self.mesh), real
 
     @functools.cached_property
     def _prompts(self) -> tuple[Prompts, Prompts]:
@@ -150,6 +171,12 @@ class Evaluator:
             rollout_id_B = (self._prompts[0].id_B[example_B] * samples + row_B % samples).astype(np.uint32)
             rows = [Prompts(prompts.tokens_BS[example_B], prompts.mask_BS[example_B], rollout_id_B) for prompts in self._prompts]
             yield min(self.batch_size, total - start), parallel.shard_batch(tuple(rows), self.mesh)
+
+    def _rows(self, samples: int) -> list[np.ndarray]:
+        """Which example each row of each batch is of."""
+        total = len(self.examples) * samples
+        starts = range(0, total, self.batch_size)
+        return [np.minimum(np.arange(start, start + self.batch_size), total - 1) // samples for start in starts]
 
     def _sample(self, params: dict, config: ModelConfig, purpose: int) -> list[tuple[tuple[Prompts, Prompts], Rollout, int]]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), 0xE7A1), purpose)
@@ -183,22 +210,27 @@ class Evaluator:
 
     def _score(self, params: dict, rollouts, kind: str) -> dict[str, np.ndarray]:
         """Sums of per-token statistics over each prompt's completions, [P]."""
-        teacher_config = self.teacher.config if self.teacher else None
-        teacher_params = self.teacher.params if self.teacher else None
+        bank, frozen, route_P = None, None, None
+        if self.several is not None:
+            bank, frozen, route_P = self.several.bank, self.several.params, self.several.route_P
+        elif self.teacher is not None:
+            bank, frozen = teachers.single(self.teacher.config), {"teacher": self.teacher.params}
         pieces = []
-        for prompts, rollout, real in rollouts:
-            sums = _rollout_sums(params, teacher_params, prompts, rollout, self.student.config, teacher_config, kind)
+        for (prompts, rollout, real), example_B in zip(rollouts, self._rows(self.samples), strict=True):
+            route_B = None if route_P is None else parallel.shard_batch(route_P[example_B], self.mesh)
+            sums = _rollout_sums(params, frozen, prompts, rollout, route_B, self.student.config, bank, kind)
             pieces.append({name: np.asarray(value)[:real] for name, value in sums.items()})
         return {name: np.concatenate([p[name] for p in pieces]).reshape(len(self.examples), -1).sum(1) for name in pieces[0]}
 
 
-@functools.partial(jax.jit, static_argnames=("student_config", "teacher_config", "kind"))
-def _rollout_sums(params, teacher_params, prompts, rollout, student_config, teacher_config, kind):
+@functools.partial(jax.jit, static_argnames=("student_config", "bank", "kind"))
+def _rollout_sums(params, frozen, prompts, rollout, route_B, student_config, bank: Bank | None, kind):
     student_prompts, teacher_prompts = prompts
-    student = forward.hidden(params, student_config, view(student_prompts, rollout))
+    own, theirs = view(student_prompts, rollout), view(teacher_prompts, rollout)
+    student = forward.hidden(params, student_config, own)
     target, needs = None, {"entropy"}
-    if teacher_config is not None:
-        target, needs = Target((forward.hidden(teacher_params, teacher_config, view(teacher_prompts, rollout)),)), {"entropy", "local"}
+    if bank is not None:
+        target, needs = bank.target(Parameters(frozen, {}, params), theirs, own, route_B)[0], {"entropy", "local"}
     signal = Signal(kind=kind if target is not None else "nll")
     stats = token_stats(student, target, rollout.tokens_BT, signal=signal, needs=frozenset(needs))
     sums = {"tokens": rollout.mask_BT, "entropy": stats.entropy_BT} | ({"local": stats.local_BT} if target is not None else {})

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from opd_jax import (
@@ -37,7 +38,7 @@ from opd_jax.config import Config
 from opd_jax.data import privileged, tasks
 from opd_jax.data.pipeline import CHECKED_AT_ONCE, Pipeline
 from opd_jax.data.teacher_prompts import TeacherPrompts
-from opd_jax.evaluate import Evaluator
+from opd_jax.evaluate import Evaluator, Several
 from opd_jax.model_io import LoadedModel
 from opd_jax.models import lora, spec
 from opd_jax.pair import Pair, open_pair
@@ -119,7 +120,8 @@ def setup(
     parsed, pair = _with_store(parsed, make_store), open_pair(parsed, workdir if resumed else None, mesh)
     bank, frozen = _make_bank(parsed, pair)
     measured = _measure(parsed, workdir, task, pair, mesh, own_judge, progress, resumed=resumed)
-    identity = workdir_lib.identity(pair, task, measured.digest if measured else "")
+    layout = privileged.file_text(parsed.context.privileged)
+    identity = workdir_lib.identity(pair, task, difficulty=measured.digest if measured else "", layout=layout)
     stored = replay.open_cache(parsed, objective, pair, identity)
     pipeline = make_pipeline(parsed, pair, *_examples(parsed, task, stored, measured))
     evaluate = make_evaluator(parsed, mesh, task, pair)
@@ -146,7 +148,7 @@ def setup(
         context_gap=context_gap.make(parsed, teacher, pair.teacher_prompts, task, mesh),
         checkpoints=checkpoints,
         writer=_begin_writing(workdir, asked, student, base=parsed.student.path, done=step if resumed else -1, mesh=mesh),
-        samples=SampleLog(parsed, student.tokenizer, student.config, teacher.config if teacher else None, mesh),
+        samples=_make_sample_log(parsed, pair, mesh),
         trackers=trackers.make(asked, workdir, kept=step if resumed else -1),
         state=state,
         step=step,
@@ -338,6 +340,45 @@ def _init_adapter(student: LoadedModel, seed: int, mesh: Mesh) -> dict:
     return spec.init(jax.random.fold_in(jax.random.key(seed), 0x10FA), workdir_lib.trained_specs(student), jnp.float32, mesh)
 
 
+def _make_sample_log(config: Config, pair: Pair, mesh: Mesh) -> SampleLog:
+    first, *others = [member.config for member in pair.members.values()] or [None]
+    others = tuple(others) if config.teacher.combine == "route" else ()
+    return SampleLog(config, pair.student.tokenizer, pair.student.config, first, mesh, others=others)
+
+
+def _several(config: Config, pair: Pair, examples: list[tasks.Example]) -> Several | None:
+    """The teachers of an evaluation, where there is more than one."""
+    if len(pair.members) < 2:
+        return None
+    bank = teachers.make_bank(config, {name: member.config for name, member in pair.members.items()}, None)
+    bank = dataclasses.replace(bank, scale=1.0, rule=None)
+    params = {name: member.params for name, member in pair.members.items()}
+    if config.teacher.combine != "route":
+        return Several(bank, params)
+    teachers.check_tags(config, examples)
+    known = teachers.tags(config)
+    return Several(bank, params, np.array([known.index(example.tag) for example in examples]))
+
+
+def of_run(config: Config, workdir: str) -> Config:
+    """The config with the newest student of a run; a teacher that is the student as it was before training stays that. Raises UserError."""
+    asked, beginning = config.teacher, {"path": config.student.path, "recipe": config.student.recipe}
+
+    def before(source):
+        if source.path != teachers.STUDENT_INIT:
+            return source
+        if not any(beginning.values()):
+            raise UserError(
+                f"config field teacher.path = {source.path!r}: the student began with random weights, which are not kept; give "
+                "--config.teacher.path=DIR, or --config.teacher.path= for no teacher"
+            )
+        return dataclasses.replace(source, **beginning)
+
+    members = {name: before(member) for name, member in asked.members.items()}
+    teacher = dataclasses.replace(before(asked), members=members, update="frozen")
+    return dataclasses.replace(config, student=config_lib.Student(path=workdir), teacher=teacher)
+
+
 def make_evaluator(config: Config, mesh: Mesh, task: tasks.Task, pair: Pair) -> Evaluator | None:
     """None where nothing is held out or asked for."""
     held_out = task.examples("eval")
@@ -345,11 +386,13 @@ def make_evaluator(config: Config, mesh: Mesh, task: tasks.Task, pair: Pair) -> 
         log.warning("task.name = %r holds no prompts out (task.eval_size = %d): there is no evaluation", task.name, config.task.eval_size)
     if not config.eval.prompts or not len(held_out):
         return None
+    examples = [held_out[i] for i in range(min(config.eval.prompts, len(held_out)))]
     evaluator = Evaluator(
         student=pair.student,
         teacher=pair.teacher,
+        several=_several(config, pair, examples),
         task=task,
-        examples=[held_out[i] for i in range(min(config.eval.prompts, len(held_out)))],
+        examples=examples,
         samples=config.eval.samples,
         batch_size=config.eval.batch_size,
         max_new_tokens=config.rollout.max_new_tokens,

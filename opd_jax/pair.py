@@ -51,19 +51,27 @@ def open_pair(config: Config, resumed_from: pathlib.Path | None, mesh: Mesh) -> 
         student = dataclasses.replace(student, lora=adapter and _fitted(adapter, student, config.student.lora.targets))
     else:
         student = _random_student(config, mesh)
-    members = {name: _open_other(config, member.path, student, mesh, resumed_from) for name, member in teachers.asked(config).items()}
-    reference = _open_other(config, config.reference.path, student, mesh, resumed_from) if config_lib.needs_reference(config) else None
-    if members and config.rollout.stop == "union":
-        student, *others = _share_stops(student, *members.values())
-        members = dict(zip(members, others, strict=True))
-    others = {f"teacher {name}": member for name, member in members.items()} | ({"reference.path": reference} if reference else {})
-    encoders = _make_encoders(config, student, list(members.values()), list(others.values()))
+    others = _open_others(config, student, mesh, resumed_from)
+    if config.rollout.stop == "union":
+        student, *stopping = _share_stops(student, *others.values())
+        others = dict(zip(others, stopping, strict=True))
+    members = {name: others[f"teacher {name}"] for name in teachers.asked(config)}
+    encoders = _make_encoders(config, student, members, list(others.values()))
     compute = {"compute_dtype": config.model.compute_dtype}
     prepared = _prepare(student, student.tokenizer, "student.path", remat=config.model.remat, **compute)
     single = {"teacher teacher": "teacher.path"}
     others = {field: _prepare(model, student.tokenizer, single.get(field, field), **compute) for field, model in others.items()}
     members = {name: others[f"teacher {name}"] for name in members}
     return Pair(prepared, members, others.get("reference.path"), *encoders)
+
+
+def _open_others(config: Config, student: LoadedModel, mesh: Mesh, resumed_from: pathlib.Path | None) -> dict[str, LoadedModel]:
+    """Teachers and reference by what messages call them; those of one path share its arrays."""
+    paths = {f"teacher {name}": member.path for name, member in teachers.asked(config).items()}
+    if config_lib.needs_reference(config):
+        paths["reference.path"] = config.reference.path
+    opened = {path: _open_other(config, path, student, mesh, resumed_from) for path in dict.fromkeys(paths.values())}
+    return {name: opened[path] for name, path in paths.items()}
 
 
 def _open_other(config: Config, path: str, student: LoadedModel, mesh: Mesh, resumed_from: pathlib.Path | None) -> LoadedModel:
@@ -139,10 +147,17 @@ def _random_student(config: Config, mesh: Mesh) -> LoadedModel:
 
 
 def _make_encoders(
-    config: Config, student: LoadedModel, members: list[LoadedModel], others: list[LoadedModel]
+    config: Config, student: LoadedModel, members: dict[str, LoadedModel], others: list[LoadedModel]
 ) -> tuple[Encoder, Encoder | None]:
     """How student and teachers read prompts; None for teachers that read what the student reads. Raises UserError."""
-    own, theirs = contexts.make_readers(config.context, student.tokenizer, members[0].tokenizer if members else None)
+    first = next(iter(members.values()), None)
+    own, theirs = contexts.make_readers(config.context, student.tokenizer, first and first.tokenizer)
+    for name, member in members.items():
+        if theirs and contexts.make_readers(config.context, student.tokenizer, member.tokenizer)[1].template != theirs.template:
+            raise ConfigError(
+                f"config field context.teacher.template = {config.context.teacher.template!r}: the teacher {name} has another chat "
+                f"template than {next(iter(members))}, and all read one prompt; give a file with the template that all shall read"
+            )
     for model in others:
         contexts.make_readers(config.context, student.tokenizer, model.tokenizer)  # refuses one whose ids are not the student's
     if members and config.context.privileged.reads:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax import context_gap, cost, environments, labels, machine, rewards, rollout
+from opd_jax import context_gap, cost, environments, labels, machine, rewards, rollout, teachers
 from opd_jax.batches import Made
 from opd_jax.data import tasks
 from opd_jax.data.pipeline import Batch
@@ -72,7 +72,10 @@ class Recorder:
         if not self.job.samples.due(step):
             return None
         scorer = self.job.scorer(self.state)
-        return self.job.samples.annotate(self.job.policy(self.state.params), scorer, (prompts.prompts, made.teacher_prompts), completions)
+        bank, read = self.job.bank, (prompts.prompts, made.teacher_prompts)
+        routed = bank.members[1:] if made.batch.route_B is not None else ()
+        others = {"others": tuple(self.job.frozen[name] for name, _ in routed), "route_B": made.batch.route_B}
+        return self.job.samples.annotate(self.job.policy(self.state.params), scorer, read, completions, **others)
 
     def record(
         self, step: int, prompts: Batch, completions: Rollout, made: Made, measured: dict, annotated: Annotated | None
@@ -229,5 +232,17 @@ def _accounts(job: Job) -> Callable[[str], cost.Account]:
     student, adapter = job.student, cost.size(job.state.params) if job.student.lora else 0
     base = cost.parameters(student.config, student.params if student.lora else job.state.params)
     teacher = cost.parameters(job.teacher.config, job.teacher.params) if job.teacher else None
+    scorers, references = _scorers(job, base + adapter)
+    return lambda writer: cost.account(writer, base + adapter, adapter or base, teacher, scorers=scorers, references=references)
+
+
+def _scorers(job: Job, student: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Parameters of all that read each completion: the teachers (a route leaves none out; a trust region reads twice), the reference."""
+    bank = job.bank
+    if bank is None:
+        return (), ()
     scored = job.objective.has_teacher or (job.config.rollout.aggregate and labels.form_of(job.objective).scores != "none")
-    return lambda writer: cost.account(writer, base + adapter, adapter or base, teacher, scored=scored)
+    members = tuple(cost.parameters(model, job.frozen[name]) for name, model in bank.members) if scored else ()
+    live = (student,) if scored and bank.update == "trust_region" else ()
+    refers = bank.reference is not None and (job.objective.has_reference or (scored and bank.extrapolates))
+    return members + live, (cost.parameters(bank.reference, job.frozen[teachers.REFERENCE]),) if refers else ()

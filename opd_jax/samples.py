@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -33,25 +34,45 @@ class Annotated:
 class SampleLog:
     """Which steps log samples, and the lines that they log. Values are those of the student before the update: it wrote the tokens."""
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, student: ModelConfig, teacher: ModelConfig | None, mesh: Mesh):
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: Tokenizer,
+        student: ModelConfig,
+        teacher: ModelConfig | None,
+        mesh: Mesh,
+        *,
+        others: tuple[ModelConfig, ...] = (),
+    ):
+        """`others`: teachers beside the first, where each row has one of its own."""
         self._config, self._tokenizer = config, tokenizer
         self._count = min(config.log.samples, config.rollout.batch_size)
         # Rows that the mesh divides as it divides a batch: fewer would lie, and be computed, on every device.
         ways = math.prod(mesh.shape[axis] for axis in parallel.RULES.batch)
         rows = min(-(-self._count // ways) * ways, config.rollout.batch_size)
-        self._annotate = functools.partial(_annotate, student_config=student, teacher_config=teacher, rows=rows)
+        teachers = (teacher, *others) if teacher is not None else ()
+        self._annotate = functools.partial(_annotate, student_config=student, teacher_configs=teachers, rows=rows)
 
     def due(self, step: int) -> bool:
         """Whether update number `step` (from 1) logs samples: the first, the last, and those at the interval."""
         every = self._config.log.samples_every
         return bool(every) and (step == 1 or step % every == 0 or step == self._config.steps)
 
-    def annotate(self, params: dict, teacher_params: dict | None, prompts: tuple[Prompts, Prompts], completions: Rollout) -> Annotated:
+    def annotate(
+        self,
+        params: dict,
+        teacher_params: dict | None,
+        prompts: tuple[Prompts, Prompts],
+        completions: Rollout,
+        *,
+        others: tuple[dict, ...] = (),
+        route_B: jax.Array | None = None,
+    ) -> Annotated:
         """Starts the scoring of the first completions. Call it before the update, which takes the parameters' buffers.
 
-        `prompts`: as the student reads them, and as the teacher does.
+        `prompts`: as the student reads them, and as the teacher does; `route_B`: number of each row's teacher, where there are `others`.
         """
-        return self._annotate(params, teacher_params, prompts, completions)
+        return self._annotate(params, (teacher_params, *others), prompts, completions, route_B)
 
     def lines(self, step: int, prompts: Batch, annotated: Annotated) -> Iterator[dict]:
         """The lines of samples.jsonl, as report.py reads them."""
@@ -91,12 +112,15 @@ class SampleLog:
         ]
 
 
-@functools.partial(jax.jit, static_argnames=("student_config", "teacher_config", "rows"))
-def _annotate(params, teacher_params, prompts, completions: Rollout, *, student_config, teacher_config, rows: int) -> Annotated:
-    (own, theirs), completions = jax.tree.map(lambda x: x[:rows], (prompts, completions))
+@functools.partial(jax.jit, static_argnames=("student_config", "teacher_configs", "rows"))
+def _annotate(params, teachers: tuple, prompts, completions: Rollout, route_B, *, student_config, teacher_configs, rows: int) -> Annotated:
+    (own, theirs), completions, route_B = jax.tree.map(lambda x: x[:rows], (prompts, completions, route_B))
     student = score.annotate(params, student_config, own, completions)
-    teacher = score.annotate(teacher_params, teacher_config, theirs, completions, k=TOP) if teacher_config is not None else None
-    return Annotated(completions, student, teacher)
+    # Without a teacher there are no configs, whatever stands for its parameters.
+    said = [score.annotate(one, config, theirs, completions, k=TOP) for one, config in zip(teachers, teacher_configs, strict=False)]
+    if len(said) < 2:
+        return Annotated(completions, student, said[0] if said else None)
+    return Annotated(completions, student, jax.tree.map(lambda *x: jnp.stack(x)[route_B, jnp.arange(rows)], *said))
 
 
 def _short(values: np.ndarray) -> list[float | None]:

@@ -76,6 +76,11 @@ class Bank:
         """Whether the state has a copy of the student."""
         return self.update in ("ema", "sync")
 
+    @property
+    def extrapolates(self) -> bool:
+        """Whether the target lies away from the teacher, by way of the reference."""
+        return self.scale != 1 or self.rule is not None
+
     def begin(self, trained: dict) -> dict:
         """What is kept before the first update: a copy of what is trained, or nothing."""
         return jax.tree.map(jnp.copy, trained) if self.keeps else {}
@@ -116,7 +121,7 @@ class Bank:
         heads = [forward.hidden(params, model, view) for params, model in laws]
         weights = self._weights(heads, view.completion_BT, route_B)
         base = self._pooled(heads, weights)
-        if self.scale == 1 and self.rule is None:
+        if not self.extrapolates:
             return _constant(base), {}
         reference = forward.hidden(parameters.frozen[REFERENCE], self.reference, student_view)
         scale_BT, sums = jnp.full(view.completion_BT.shape, self.scale), {}

@@ -1,6 +1,7 @@
 """The run directory before the first step: whether it may be used, what a run is recognised by, and how it is taken up again."""
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -71,13 +72,17 @@ def describe(workdir: pathlib.Path, config: Config, student: LoadedModel, *, bas
         raise UserError(f"--workdir={workdir}: cannot be written ({files.reason(error)}); free space, or give another folder") from None
 
 
-def identity(pair: Pair, task: tasks.Task, difficulty: str = "") -> dict[str, str]:
-    """Hashes of what a run reads and never writes; a resumed run must find the same. `difficulty`: that of its choice of prompts."""
+def identity(pair: Pair, task: tasks.Task, *, difficulty: str = "", layout: str = "") -> dict[str, str]:
+    """Hashes of what a run reads and never writes; a resumed run must find the same.
+
+    `difficulty`: that of its choice of prompts; `layout`: the text of a file of context.privileged.
+    """
     student = pair.student
     base = spec.content_hash(student.params) if student.lora else ""
     others = [*pair.members.values(), *([pair.reference] if pair.reference else [])]
     scorers = [base if student.lora and other.params is student.params else spec.content_hash(other.params) for other in others]
     readers = [encoder.reader.digest for encoder in (pair.student_prompts, pair.teacher_prompts) if encoder]
+    readers += [hashlib.blake2b(layout.encode(), digest_size=16).hexdigest()] if layout else []
     hashes = {"base_hash": base, "teacher_hash": " ".join(scorers), "data_hash": task.digest, "prompts_hash": " ".join(readers)}
     return hashes | ({"difficulty_hash": difficulty} if difficulty else {})
 
@@ -114,7 +119,8 @@ def restore(
         "teacher_hash": f"teacher.path = {_others(config)!r}: its weights are not those",
         "data_hash": f"task.path = {config.task.path!r}: is not the file",
         "store_hash": f"rollout.cache = {config.rollout.cache!r}: is not the store",
-        "prompts_hash": f"context.student.template = {config.context.student.template!r} (or the teacher's, or a tokenizer) is not what",
+        "prompts_hash": f"context.student.template = {config.context.student.template!r} (or the teacher's, a tokenizer, or a file of "
+        "context.privileged.layout) is not what",
     }
     changed |= {"difficulty_hash": f"{checkpoints.directory.parent / 'difficulty.json'}: is not what"}
     for name, what in changed.items():

@@ -43,26 +43,26 @@ def test_forward_and_training_are_what_the_compiler_counts():
     forward = lambda params, tokens_BL: transformer.apply(params, config, tokens_BL).sum()
     counted = [jax.jit(f).lower(params, tokens_BL).cost_analysis()["flops"] for f in (forward, jax.value_and_grad(forward))]
     N = cost.active_parameters(config)
-    teacher = cost.account("dataset", 0, 0, N, scored=True).work(prompt=0, teacher_prompt=24, completion=40)
-    student = cost.account("dataset", N, N, None, scored=False).work(prompt=24, teacher_prompt=0, completion=40)
+    teacher = cost.account("dataset", 0, 0, N, scorers=(N,)).work(prompt=0, teacher_prompt=24, completion=40)
+    student = cost.account("dataset", N, N, None).work(prompt=24, teacher_prompt=0, completion=40)
     assert teacher.flops == 2 * N * 64 and student.flops == 6 * N * 64
     assert 1 <= counted[0] / teacher.flops < 1.05 and 1 <= counted[1] / student.flops < 1.05
 
 
 def test_the_work_of_an_update_by_hand():
     tokens = {"prompt": 10, "teacher_prompt": 30, "completion": 50}
-    student = cost.account("student", 7, 7, 11, scored=True).work(**tokens)
+    student = cost.account("student", 7, 7, 11, scorers=(11,)).work(**tokens)
     assert student == (2 * 7 * 60 + 2 * 11 * 80 + 6 * 7 * 60, 50, 50)
-    teacher = cost.account("teacher", 7, 7, 11, scored=True).work(**tokens)
+    teacher = cost.account("teacher", 7, 7, 11, scorers=(11,)).work(**tokens)
     assert teacher == (2 * 11 * 80 + 2 * 11 * 80 + 6 * 7 * 60, 50, 50)
-    assert cost.account("dataset", 7, 7, 11, scored=False).work(**tokens) == (6 * 7 * 60, 0, 0)
-    adapter = cost.account("student", 7 + 2, 2, None, scored=False).work(**tokens)  # the base has no gradients of weights
+    assert cost.account("dataset", 7, 7, 11).work(**tokens) == (6 * 7 * 60, 0, 0)
+    adapter = cost.account("student", 7 + 2, 2, None).work(**tokens)  # the base has no gradients of weights
     assert adapter.flops == 2 * 9 * 60 + (4 * 7 + 6 * 2) * 60
-    assert cost.Account(7, 7, (11, 13), 7).work(**tokens) == (2 * 7 * 60 + 2 * 24 * 80 + 6 * 7 * 60, 50, 100)
+    assert cost.Account(7, 7, (11, 13), (17,), 7).work(**tokens) == (2 * 7 * 60 + 2 * 24 * 80 + 2 * 17 * 60 + 6 * 7 * 60, 50, 150)
 
 
 def test_totals_go_on_from_what_is_remembered_or_from_the_completions():
-    account = cost.account("student", 7, 7, 11, scored=True)
+    account = cost.account("student", 7, 7, 11, scorers=(11,))
     info = {"tokens_total": 50, "seconds": 1.0, "flops": 3, "generated_tokens": 4, "scored_tokens": 5}
     assert cost.totals(info, account) == (3, 4, 5)
     assert cost.totals({"tokens_total": 50, "seconds": 1.0}, account) == (2 * 7 * 50 + 2 * 11 * 50 + 6 * 7 * 50, 50, 50)

@@ -138,7 +138,11 @@ CASES = {
         WITH_TEACHER | COMPARED | LOOKED_AT | OWN_DRAWS,
     ),
     "parts": (EVERY_PART | READ | {"rollout.batch_size": 16}, PARTS | COMPARED | {"context/present", "reward/equal_groups"}, set()),
-    "members": ({"teacher.path": "", "teacher.combine": "geometric"}, COMPARED | {"teacher/disagreement"}, PARTS),
+    "members": (
+        {"teacher.path": "", "teacher.combine": "geometric", "extrapolation.adaptive": True},
+        COMPARED | {"teacher/disagreement", "extrapolation/scale", "extrapolation/gain"},
+        PARTS,
+    ),
     "unconditional": (
         {"task.name": "unconditional", "eval.prompts": 1},
         COMPARED | WITH_TEACHER,

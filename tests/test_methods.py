@@ -119,8 +119,8 @@ def test_experts_extrapolated_beside_the_student_as_it_was(tmp_path, monkeypatch
     monkeypatch.chdir(ROOT)
     c = load_config("configs/methods/mopd.py:scale=1.25,skills=reverse,keep=shift,tiny")
     assert c.teacher.members["shift"].path == "student_init" and c.task.skills == "reverse,shift"
-    c.cache_dir, c.steps, c.task.skills = str(tmp_path_factory.getbasetemp() / "models"), 1, "shift"
-    found = list(train.run(c, tmp_path / "run"))[-1]
+    c.cache_dir, c.steps, c.task.skills = str(tmp_path_factory.getbasetemp() / "models"), 2, "shift"
+    found = list(train.run(c, tmp_path / "run"))[1]  # before the first update
     assert abs(found["train/log_ratio_mean"]) < 1e-6 and abs(found["train/reverse_kl"]) < 1e-6
     assert found["teacher/disagreement"] > 1e-4  # the other member is another model
 

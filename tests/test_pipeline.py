@@ -91,3 +91,13 @@ def test_completions_end_with_the_stop_token_or_are_cut():
     tokens_BT, mask_BT, stopped_B = lib.encode_completions(["ab", "abcdef", ""], byte(), max_new_tokens=4)
     assert tokens_BT.tolist() == [[97, 98, 257, 258], [97, 98, 99, 100], [257, 258, 258, 258]]
     assert mask_BT.sum(1).tolist() == [3, 4, 1] and stopped_B.tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("length, width", [(1, 16), (16, 16), (17, 32), (40, 64), (65, 128), (129, 144), (140, 144)])
+def test_coarse_widths_are_few(length, width):
+    """Powers of two up to the longest prompt allowed, whatever other steps had."""
+    encoder = lib.Encoder(byte(), 140, "refuse")
+    prompts, _ = encoder.encode(["a" * length, "b"], [0, 1], coarse=True)
+    fine, _ = encoder.encode(["a" * length, "b"], [0, 1])
+    assert prompts.tokens_BS.shape == (2, width) and prompts.mask_BS.sum(1).tolist() == fine.mask_BS.sum(1).tolist()
+    assert (prompts.tokens_BS[0][prompts.mask_BS[0]] == fine.tokens_BS[0][fine.mask_BS[0]]).all()

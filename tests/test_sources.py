@@ -193,7 +193,7 @@ def test_the_claim_of_dagger_says_what_its_correction_leaves():
 def test_the_work_of_two_writers_by_hand():
     """Both read every token that is written, each after its own prompt."""
     tokens = {"prompt": 10, "teacher_prompt": 30, "completion": 50}
-    work = cost.account("dagger", 7, 7, 11, scored=True).work(**tokens)
+    work = cost.account("dagger", 7, 7, 11, scorers=(11,)).work(**tokens)
     assert work == (2 * 7 * 60 + 2 * 11 * 80 + 2 * 11 * 80 + 6 * 7 * 60, 50, 50)
 
 

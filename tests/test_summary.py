@@ -215,6 +215,14 @@ def test_sentences_of_other_methods_seeds_and_accelerators(tmp_path):
     )
 
 
+def test_a_run_without_distillation_is_not_called_one(tmp_path):
+    rewarded = make(tmp_path / "grpo", signal__weight=0.0, reward__weight=1.0, reward__advantage="grpo")
+    told = summary.sentences(groups(rewarded))[0]
+    assert "grpo: reinforcement learning of" in told and "by its rewards, advantages grpo;" in told and "distillation" not in told
+    preferring = summary.sentences(groups(make(tmp_path / "dpo", signal__weight=0.0, preference__weight=1.0)))[0]
+    assert "dpo: preference optimisation of" in preferring and "by the rankings of teacher" in preferring
+
+
 def test_changes_within_the_intervals_are_called_so_and_without_evaluations_training_is_told(tmp_path):
     (text,) = summary.sentences(groups(make(tmp_path / "a", before=0.89)))
     assert "accuracy rose from 0.89 [0.88, 0.90] to 0.90 [0.89, 0.91], within the intervals;" in text

@@ -177,12 +177,24 @@ def _what(group: Group) -> str:
     prompts = f" ({c['task.train_size']:,} training prompts)" if c["task.train_size"] else ""
     done = _one_or_range([run.step for run in group.runs])
     seeds = f", seeds {', '.join(map(str, group.seeds))}" if len(group.runs) > 1 else ""
-    method = METHODS.get(c["rollout.source"], c["rollout.source"])
+    method, by = METHODS.get(c["rollout.source"], c["rollout.source"]), f"the {signal}{credit}"
+    if not c["signal.weight"]:
+        method, by = _undistilled(c)
+        teacher = teacher if c["preference.weight"] and c["preference.judge"] != "reward" else ""
     return (
         f"{group.name}: {method} of {_model(c, 'student')}{teacher} on {c['task.name']}{prompts}, "
-        f"by the {signal}{credit}; {done} of {c['steps']} updates of {c['rollout.batch_size']} completions of at most "
+        f"by {by}; {done} of {c['steps']} updates of {c['rollout.batch_size']} completions of at most "
         f"{c['rollout.max_new_tokens']} tokens{seeds}."
     )
+
+
+def _undistilled(config: dict[str, Any]) -> tuple[str, str]:
+    """(method, what it learns by) of a run without the term of `signal`."""
+    if config["reward.weight"]:
+        return "reinforcement learning", f"its rewards, advantages {config['reward.advantage']}"
+    if config["preference.weight"]:
+        return "preference optimisation", f"the rankings of {config['preference.judge']}"
+    return "training", "the terms beside the signal"
 
 
 def _model(config: dict[str, Any], block: str) -> str:

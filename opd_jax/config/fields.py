@@ -121,7 +121,7 @@ class Rollout:
     temperature: float = 1.0  # of the sampling law; 0 is greedy
     top_p: float = 1.0  # nucleus mass kept by the sampling law; 1 keeps all
     top_k: int = 0  # tokens kept by the sampling law; 0 keeps all
-    stop: str = "same"  # stop tokens: same (the student's; a teacher with others is refused), or union (any of student's and teacher's)
+    stop: str = "same"  # stop tokens: same (the student's; a teacher with others is refused), or union (any model's)
     min_p: float = 0.0  # tokens kept have at least this share of the largest probability; 0 keeps all
 
 

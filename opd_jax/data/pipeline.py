@@ -27,9 +27,10 @@ class Encoder:
     max_prompt_length: int  # tokens
     overlong: str  # refuse or truncate
 
-    def encode(self, texts: Sequence[str], ids: Sequence[int]) -> tuple[Prompts, int]:
+    def encode(self, texts: Sequence[str], ids: Sequence[int], *, coarse: bool = False) -> tuple[Prompts, int]:
         """See encode_prompts."""
-        return encode_prompts(texts, self.reader, ids=ids, max_prompt_length=self.max_prompt_length, overlong=self.overlong)
+        settings = {"max_prompt_length": self.max_prompt_length, "overlong": self.overlong}
+        return encode_prompts(texts, self.reader, ids=ids, coarse=coarse, **settings)
 
     def check(self, text: str) -> None:
         """Raises UserError for a prompt that cannot be used."""
@@ -125,13 +126,25 @@ def encode_prompt(text: str, tokenizer: Tokenizer | Reader, *, max_prompt_length
 
 
 def encode_prompts(
-    texts: Sequence[str], tokenizer: Tokenizer | Reader, *, ids: Sequence[int], max_prompt_length: int, overlong: str
+    texts: Sequence[str],
+    tokenizer: Tokenizer | Reader,
+    *,
+    ids: Sequence[int],
+    max_prompt_length: int,
+    overlong: str,
+    coarse: bool = False,
 ) -> tuple[Prompts, int]:
-    """(left-padded Prompts as NumPy arrays, how many were truncated). The width is a multiple of BUCKET; `ids` are the rollouts' ids."""
+    """(left-padded Prompts as NumPy arrays, how many were truncated). The width is a multiple of BUCKET; `ids` are the rollouts' ids.
+
+    `coarse`: BUCKET times a power of two, or that of the longest prompt allowed, for prompts whose lengths change from step to step.
+    """
     rows, cut = zip(
         *(encode_prompt(text, tokenizer, max_prompt_length=max_prompt_length, overlong=overlong) for text in texts), strict=True
     )
-    width = -(-max(map(len, rows)) // BUCKET) * BUCKET
+    buckets = -(-max(map(len, rows)) // BUCKET)
+    if coarse:  # a function of these rows alone: a resumed run pads, and rounds, as it would have
+        buckets = min(1 << (buckets - 1).bit_length(), max(-(-max_prompt_length // BUCKET), buckets))
+    width = buckets * BUCKET
     mask_BS = np.arange(width)[None, :] >= width - np.array([len(row) for row in rows])[:, None]
     tokens_BS = np.full(mask_BS.shape, tokenizer.pad_id, np.int32)
     tokens_BS[mask_BS] = np.concatenate(rows)

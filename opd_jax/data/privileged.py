@@ -167,6 +167,11 @@ def layout_text(name: str) -> str:
     return read_template(name, where=f"config field {_FIELD}.layout = {name!r}", remedy=remedy)
 
 
+def file_text(settings: config_lib.Privileged) -> str:
+    """The text of a layout that is read from a file; empty where none is. Raises UserError."""
+    return layout_text(settings.layout) if settings.reads and settings.layout not in LAYOUTS else ""
+
+
 def render(layout: str, prompt: str, sections: Sections) -> str | None:
     """The teacher's prompt by a layout (Jinja text); None where there is no section. Raises ConfigError for one that cannot be rendered.
 

@@ -37,7 +37,7 @@ class TeacherPrompts:
             group = attempts_B[p * group_size : (p + 1) * group_size] if attempts_B is not None else []
             fitted += [self._fit(example, group, own) for own in range(group_size)]
         texts = [one.text or examples[row // group_size].prompt for row, one in enumerate(fitted)]
-        prompts, _ = self._encoder.encode(texts, id_B.tolist())
+        prompts, _ = self._encoder.encode(texts, id_B.tolist(), coarse=True)
         context_B = np.array([one.text is not None for one in fitted])
         counts = {
             "context/present": float(context_B.mean()),

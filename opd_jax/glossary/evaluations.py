@@ -36,14 +36,30 @@ def described() -> dict[str, Description]:
         "eval/teacher_sampled_accuracy": Description(
             "mean reward of the teacher's samples at temperature 1", "(1/P) sum_p (1/k) sum_j r_pj, completions of the teacher", "fraction"
         ),
+        **_of_divergence(),
+        **_of_writing(),
+        "eval/entropy": Description("entropy of the student along its own samples", "(1/M) sum_bt m_bt H_bt", "nats/token"),
+        "eval/length": Description("mean length of the student's samples, with all that stands in them", "(1/B) sum_b |y_b|", "tokens"),
+        "eval/truncated_fraction": Description(
+            "share of the student's samples that max_new_tokens cut off", "(1/B) sum_b 1[no stop token in y_b]", "fraction"
+        ),
+        "time/eval_seconds": Description("wall time of this evaluation", "t(end) - t(start)", "s"),
+    }
+
+
+def _of_divergence() -> dict[str, Description]:
+    """From the teacher, both ways."""
+    return {
         "eval/reverse_kl": Description(
-            "reverse KL to the teacher on fresh samples of the student, exact over the vocabulary",
+            "reverse KL to the teacher on fresh samples of the student, exact over the vocabulary (of several teachers that of the "
+            "prompt's tag, or their mixture; a self-teacher as it was before training; all read the question alone, without extrapolation)",
             "sum_bt m_bt K_bt / M over the B = P k samples of the student",
             "nats/token",
         ),
         **_interval("eval/reverse_kl", "nats/token", _BOOTSTRAP, "Efron 1979"),
         "eval/forward_kl": Description(
-            "forward KL, from the teacher, on fresh samples of the teacher, exact over the vocabulary",
+            "forward KL, from the teacher as in eval/reverse_kl, on its fresh samples (of a mixture: on those of its first member), exact "
+            "over the vocabulary",
             "sum_bt m_bt KL(q || pi)(c_bt) / M over the B = P k samples of the teacher",
             "nats/token",
         ),
@@ -55,13 +71,6 @@ def described() -> dict[str, Description]:
             "nats/token",
         ),
         **_interval("eval/reverse_kl_on_teacher", "nats/token", _BOOTSTRAP, "Efron 1979"),
-        **_of_writing(),
-        "eval/entropy": Description("entropy of the student along its own samples", "(1/M) sum_bt m_bt H_bt", "nats/token"),
-        "eval/length": Description("mean length of the student's samples, with all that stands in them", "(1/B) sum_b |y_b|", "tokens"),
-        "eval/truncated_fraction": Description(
-            "share of the student's samples that max_new_tokens cut off", "(1/B) sum_b 1[no stop token in y_b]", "fraction"
-        ),
-        "time/eval_seconds": Description("wall time of this evaluation", "t(end) - t(start)", "s"),
     }
 
 

@@ -190,9 +190,10 @@ def _costs() -> dict[str, Description]:
     return {
         "cost/flops_total": Description(
             f"floating-point operations of all updates (sampling, teacher, training), without diagnostics and evaluations{resumed}",
-            "sum over steps 1 ... n and completions of 2 N_g (x + T) + 2 N_q (x' + T) + 6 N (x + T); T tokens of the completion, x and x' "
-            "of its prompt as student and teacher read it; N, N_g and N_q parameters of the student, of the model that samples (0: a data "
-            "set; a teacher reads x'; dagger, corrected: a term for each of the two), and of the teacher where it scores; with an adapter "
+            "sum over steps 1 ... n and completions of 2 N_g (x + T) + 2 N_q (x' + T) + 2 N_r (x + T) + 6 N (x + T); T tokens of the "
+            "completion, x and x' of its prompt as student and teacher read it; N, N_g, N_q and N_r parameters of the student, of the "
+            "model that samples (0: a data set; a teacher reads x'; dagger, corrected: a term for each of the two), of all teachers that "
+            "score (a route leaves none out, a trust region reads twice) and of the reference where the loss refers to it; with an adapter "
             "4 N + 2 N_adapter for 6 N",
             "FLOPs",
             "Kaplan et al. 2020, Scaling Laws for Neural Language Models, 2.1; here the output projection counts",
@@ -201,7 +202,9 @@ def _costs() -> dict[str, Description]:
             "completion tokens that were sampled since the run began, 0 where a data set has them", "sum of M over steps 1 ... n", "tokens"
         ),
         "cost/scored_tokens_total": Description(
-            "completion tokens that frozen models have scored since the run began", "sum of M over steps 1 ... n, once a model", "tokens"
+            "completion tokens that teachers and reference have scored since the run began",
+            "sum of M over steps 1 ... n, once a model",
+            "tokens",
         ),
     }
 
