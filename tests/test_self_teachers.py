@@ -113,6 +113,17 @@ def test_other_self_teachers_run(update, reads, base, tmp_path):
     assert loss > 1e-5 if reads else abs(loss) < 1e-6, loss
 
 
+def test_a_changed_layout_file_is_noticed(base, tmp_path):
+    c, layout = sdpo(base), tmp_path / "layout.jinja"
+    layout.write_text("{{ sibling or feedback }} {{ prompt }} {{ feedback or '' }}")
+    c.context.privileged.layout, c.steps = str(layout), 1
+    list(run(c, tmp_path / "run"))
+    assert list(run(c, tmp_path / "run")) == []
+    layout.write_text("{{ sibling or feedback }}, {{ prompt }} {{ feedback or '' }}")
+    with pytest.raises(UserError, match="a file of context.privileged.layout"):
+        list(run(c, tmp_path / "run"))
+
+
 def merging(base, other):
     c = sft_config()
     c.student.path = str(base)

@@ -77,6 +77,19 @@ def test_the_union_of_stop_tokens_is_that_of_all_models(tmp_path):
     assert set(opened(c).student.tokenizer.eos_ids) == {*tokenizer_lib.byte().eos_ids, 6}
 
 
+@pytest.mark.slow
+def test_members_that_would_read_other_templates_are_refused(tmp_path):
+    template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    own = {"student": folder(tmp_path / "s"), "a": folder(tmp_path / "a", 1, template=template)}
+    c = config_of(**own, b=folder(tmp_path / "b", 2, template=template.replace("[", "<")))
+    c.context.teacher.template = "chat"
+    with pytest.raises(UserError, match="the teacher b has another chat template than a, and all read one prompt"):
+        opened(c)
+    same = config_of(**own, b=folder(tmp_path / "c", 2, template=template))
+    same.context.teacher.template = "chat"
+    assert opened(same).teacher_prompts.reader.template == template
+
+
 # ---- what they cost
 
 
