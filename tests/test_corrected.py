@@ -153,6 +153,6 @@ def test_the_claim_says_whose_prefixes_they_are():
 
 def test_the_work_of_a_correction_is_that_of_two_writers():
     tokens = {"prompt": 10, "teacher_prompt": 30, "completion": 50}
-    assert cost.account("corrected", 7, 7, 11, scored=False).work(**tokens) == (2 * 7 * 60 + 2 * 11 * 80 + 6 * 7 * 60, 50, 0)
-    student = cost.account("student", 7, 7, None, scored=False)
+    assert cost.account("corrected", 7, 7, 11).work(**tokens) == (2 * 7 * 60 + 2 * 11 * 80 + 6 * 7 * 60, 50, 0)
+    student = cost.account("student", 7, 7, None)
     assert student.work(**tokens, drawn=20) == (2 * 7 * 60 + 6 * 7 * 60, 20, 0)  # the others were observed: read, not sampled

@@ -31,9 +31,9 @@ def test_a_token_meets_some_experts_only():
 
 def test_an_update_may_learn_from_other_tokens_than_were_written():
     """rollout.aggregate: sampled and scored is what was written, 6 N are spent on what was drawn from all so far."""
-    work = cost.account("dagger", 7, 7, 11, scored=True).work(prompt=10, teacher_prompt=30, completion=50, learnt=90)
+    work = cost.account("dagger", 7, 7, 11, scorers=(11,)).work(prompt=10, teacher_prompt=30, completion=50, learnt=90)
     assert work == (2 * 7 * 60 + 2 * 11 * 80 + 2 * 11 * 80 + 6 * 7 * 90, 50, 50)
-    assert cost.account("cache", 7, 7, 11, scored=False).work(prompt=10, teacher_prompt=30, completion=50) == (6 * 7 * 60, 0, 0)
+    assert cost.account("cache", 7, 7, 11).work(prompt=10, teacher_prompt=30, completion=50) == (6 * 7 * 60, 0, 0)
 
 
 def test_forward_and_training_are_what_the_compiler_counts():
