@@ -6,6 +6,7 @@ sibling are the example's solution, feedback is the verifier's on that solution 
 """
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Sequence
 
@@ -15,10 +16,11 @@ from jax.sharding import Mesh
 
 from opd_jax import config as config_lib
 from opd_jax import evaluate, parallel, rewards, rollout, score
-from opd_jax.data import pipeline, privileged
+from opd_jax.data import pipeline, privileged, tasks
 from opd_jax.data.tasks import Example, Task
 from opd_jax.data.tasks.informed import KINDS, section
 from opd_jax.model_io import LoadedModel
+from opd_jax.turns import Turns
 from opd_jax.types import Prompts
 
 log = logging.getLogger(__name__)
@@ -37,6 +39,7 @@ class ContextGap:
     max_new_tokens: int
     mesh: Mesh
     seed: int
+    turns: Turns | None = None  # how completions are written where the task has an environment
 
     def __call__(self) -> dict[str, float]:
         """The context/ metrics of record 0: gold_logp in nats per token, gains with 95% bootstrap intervals over examples.
@@ -79,7 +82,8 @@ class ContextGap:
     def _gold(self, texts: Sequence[str], rows: Sequence[int]) -> np.ndarray:
         """[P] mean log-prob of the tokens of each solution after these prompts."""
         gold = [self.examples[row].solution for row in rows]
-        tokens_PT, mask_PT, stopped_P = pipeline.encode_completions(gold, self.teacher.tokenizer, max_new_tokens=self.max_new_tokens)
+        size = {"max_new_tokens": self.max_new_tokens}
+        tokens_PT, mask_PT, stopped_P, _ = pipeline.encode_solutions(gold, tasks.environment_of(self.task), self.teacher.tokenizer, **size)
         found = []
         for at_B, real, prompts in self._batches(texts, rows):
             arrays = parallel.shard_batch((tokens_PT[at_B], mask_PT[at_B], stopped_P[at_B], np.asarray(prompts.id_B)), self.mesh)
@@ -91,7 +95,8 @@ class ContextGap:
         """Greedy, after these prompts."""
         answers = []
         for _, real, prompts in self._batches(texts, rows):
-            written = rollout.sample(
+            write = functools.partial(
+                rollout.sample,
                 self.teacher.params,
                 self.teacher.config,
                 prompts,
@@ -100,8 +105,9 @@ class ContextGap:
                 temperature=0.0,
                 stop_ids=self.teacher.tokenizer.eos_ids,
             )
-            tokens_BT, mask_BT = np.asarray(written.tokens_BT), np.asarray(written.mask_BT)
-            answers += [self.teacher.tokenizer.decode(tokens_BT[row][mask_BT[row]].tolist()) for row in range(real)]
+            written = write() if self.turns is None else self.turns.write(write, prompts.id_B, self.max_new_tokens)
+            tokens_BT, standing_BT = np.asarray(written.tokens_BT), np.asarray(written.standing_BT)
+            answers += [self.teacher.tokenizer.decode(tokens_BT[row][standing_BT[row]].tolist()) for row in range(real)]
         return float(np.mean(rewards.judge(self.task, [self.examples[row] for row in rows], answers).reward_B >= 1))
 
 
@@ -116,7 +122,8 @@ def make(config: config_lib.Config, teacher: LoadedModel | None, encoder, task: 
     if not examples:
         return None
     sizes = {"batch_size": config.eval.batch_size, "max_new_tokens": config.rollout.max_new_tokens}
-    return ContextGap(teacher, task, examples, settings, encoder, mesh=mesh, seed=config.seed, **sizes)
+    turns = rollout.make_turns(config.rollout, tasks.environment_of(task), teacher.tokenizer, mesh)
+    return ContextGap(teacher, task, examples, settings, encoder, mesh=mesh, seed=config.seed, **sizes, turns=turns)
 
 
 def in_words(metrics: dict[str, float]) -> list[str]:

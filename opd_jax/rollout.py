@@ -231,11 +231,7 @@ def make_source(
         check_solutions(batch.examples, settings.source)
         texts = [example.solution for example in batch.examples for _ in range(settings.group_size)]
         size = {"max_new_tokens": settings.max_new_tokens}
-        if environment is None:
-            tokens_BT, mask_BT, stopped_B = pipeline.encode_completions(texts, tokenizer, **size)
-            present_BT = None
-        else:
-            tokens_BT, mask_BT, stopped_B, present_BT = pipeline.encode_turns(texts, environment, tokenizer, **size)
+        tokens_BT, mask_BT, stopped_B, present_BT = pipeline.encode_solutions(texts, environment, tokenizer, **size)
         return from_completions(*parallel.shard_batch((tokens_BT, mask_BT, stopped_B, batch.prompts.id_B, present_BT), mesh))
 
     writers = {

@@ -14,9 +14,10 @@ from opd_jax import config as config_lib
 from opd_jax import environments, evaluate, metrics, objective, parallel, rollout, sampler, train
 from opd_jax.batches import BatchMaker
 from opd_jax.config.loading import load_config
+from opd_jax.context_gap import ContextGap
 from opd_jax.data import pipeline
 from opd_jax.data.tasks.calculator import CalculatorTask
-from opd_jax.data.tokenizer import byte
+from opd_jax.data.tokenizer import Tokenizer, byte
 from opd_jax.model_io import LoadedModel
 from opd_jax.numerics.token_stats import DenseHead, Target
 from opd_jax.turns import Turns
@@ -148,6 +149,48 @@ def test_calls_end_with_a_token_that_ends_in_the_mark():
 
     with pytest.raises(UserError, match="rollout.max_turns = 2: the tokenizer has no token that ends in '…'"):
         Turns(Other(), byte(), 2, parallel.make_mesh()).pauses  # noqa: B018
+
+
+def test_of_a_vocabulary_with_longer_tokens_those_that_end_in_the_mark_end_turns():
+    import tokenizers
+    import transformers
+    from tokenizers import models, pre_tokenizers
+
+    characters = {chr(i): i - 32 for i in range(33, 127)} | {"Ġ": 0}
+    vocab = characters | {"7>": 200, ">1": 201, "<7>1": 202, "Ġ>": 203}
+    core = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    core.add_special_tokens(["<eos>"])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
+    made = Turns(TASK.environment, Tokenizer(fast, eos_ids=[fast.eos_token_id], adds_bos=False), 2, parallel.make_mesh())
+    assert made.pauses == (ord(">") - 32, 200, 203)
+
+
+def test_the_context_gap_is_measured_with_answers():
+    mesh, model = parallel.make_mesh(), LoadedModel(params=jnp.asarray(table()), config=Chatter(), tokenizer=byte())
+    settings = config_lib.Privileged(reads="solution")
+    encoder = pipeline.Encoder(byte(), 32, "refuse")
+    examples = [TASK.example("eval", i) for i in range(4)]
+    told = []
+    for turns in (None, Turns(TASK.environment, byte(), 4, mesh)):
+        gap = ContextGap(model, TASK, examples, settings, encoder, batch_size=4, max_new_tokens=T, mesh=mesh, seed=0, turns=turns)
+        seen = []
+        gap = dataclasses.replace(gap, task=dataclasses.replace(Watched(2, 0, 4, 0), seen=seen))
+        with jax.set_mesh(mesh):
+            gap._accuracy([example.prompt for example in examples], range(4))
+        told.append(sum(turn.answered for text in seen for turn in environments.turns(TASK.environment, text)))
+    assert told[1] > 2 > told[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Watched(CalculatorTask):
+    """Remembers what it was asked to judge."""
+
+    seen: list = dataclasses.field(default_factory=list)
+
+    def verify(self, example, text):
+        self.seen.append(text)
+        return super().verify(example, text)
 
 
 # ---- the loss

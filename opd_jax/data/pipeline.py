@@ -157,6 +157,15 @@ def encode_completions(texts: Sequence[str], tokenizer: Tokenizer, *, max_new_to
     return tokens_BT, mask_BT, stopped_B
 
 
+def encode_solutions(
+    texts: Sequence[str], environment: Environment | None, tokenizer: Tokenizer, *, max_new_tokens: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+    """(tokens, mask, stopped, present): encode_turns, or without an environment encode_completions and None. Raises UserError."""
+    if environment is not None:
+        return encode_turns(texts, environment, tokenizer, max_new_tokens=max_new_tokens)
+    return *encode_completions(texts, tokenizer, max_new_tokens=max_new_tokens), None
+
+
 def encode_turns(
     texts: Sequence[str], environment: Environment, tokenizer: Tokenizer, *, max_new_tokens: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
