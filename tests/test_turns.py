@@ -18,9 +18,10 @@ from opd_jax.context_gap import ContextGap
 from opd_jax.data import pipeline
 from opd_jax.data.tasks.calculator import CalculatorTask
 from opd_jax.data.tokenizer import Tokenizer, byte
+from opd_jax.environments import Observation
 from opd_jax.model_io import LoadedModel
 from opd_jax.numerics.token_stats import DenseHead, Target
-from opd_jax.turns import Turns
+from opd_jax.turns import Turns, _Log
 from opd_jax.types import Prompts, UserError
 
 T, ROWS, STATES, KEY = 24, 12, 97, jax.random.key(5)
@@ -46,6 +47,15 @@ class Chatter:
         return params[state_B], state_B
 
 
+class Lengths:
+    """Answers with the length of the turn, so that one that begins elsewhere is seen."""
+
+    closes = ">"
+
+    def answer(self, turn):
+        return Observation(f"{len(turn)};")
+
+
 @functools.cache
 def table():
     """Logits by state."""
@@ -64,7 +74,7 @@ def prompts(rows=ROWS):
 def written(max_turns=9, length=T, read=None, mesh=None, **law):
     read, mesh = read or prompts(), mesh or parallel.make_mesh()
     write = functools.partial(rollout.sample, jnp.asarray(table()), Chatter(), read, key=KEY, max_new_tokens=length, **law)
-    return Turns(TASK.environment, byte(), max_turns, mesh).write(write, read.id_B, length)
+    return Turns(Lengths(), byte(), max_turns, mesh).write(write, read.id_B, length)
 
 
 def one_after_the_other(read, row, max_turns, length=T):
@@ -86,7 +96,7 @@ def one_after_the_other(read, row, max_turns, length=T):
         if token == STOP:
             return tokens, drawn, logps, True
         if token == ord(">"):
-            answer = list(TASK.environment.answer(bytes(tokens[start:]).decode()).text.encode())
+            answer = list(f"{len(tokens) - start};".encode())
             if turns == max_turns or len(tokens) + len(answer) >= length:
                 break
             for one in answer:
@@ -191,6 +201,15 @@ class Watched(CalculatorTask):
     def verify(self, example, text):
         self.seen.append(text)
         return super().verify(example, text)
+
+
+@pytest.mark.parametrize("length, room", [(6, True), (5, False), (3, False)])
+def test_an_answer_is_given_where_a_token_fits_behind_it(length, room):
+    log = _Log.empty(1, length)
+    log.tokens_BT[0, :3], log.length_B[0] = list(b"<1>"), 3
+    Turns(Lengths(), byte(), 9, parallel.make_mesh())._answer(log, 0, last=False)
+    assert (int(log.length_B[0]), bool(log.ended_B[0])) == ((5, False) if room else (3, True))
+    assert bytes(log.tokens_BT[0].tolist()).rstrip(b"\0") == (b"<1>3;" if room else b"<1>")
 
 
 # ---- the loss
