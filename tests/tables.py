@@ -90,6 +90,7 @@ class Case:
     behaviour_logp_BT: np.ndarray
     reward_B: np.ndarray
     stopped_B: np.ndarray
+    gap: tuple[int, int]
     member_B: list[str]  # the teacher of each row's tag
     evaluate: Callable  # student's logits -> (loss, sums for the metrics, gradient)
 
@@ -101,8 +102,11 @@ def load(path: str, fields: dict | None = None) -> config_lib.Config:
     return config_lib.parse(found)
 
 
-def case(config: config_lib.Config, *, seed: int = 0, on_policy: bool = False, texts=TEXTS) -> Case:
-    """Random laws of everybody whom the config asks; `on_policy`: the completions' law is the student's. Call it in float64."""
+def case(config: config_lib.Config, *, seed: int = 0, on_policy: bool = False, texts=TEXTS, gap=(0, 0)) -> Case:
+    """Random laws of everybody whom the config asks. Call it in float64.
+
+    `on_policy`: the completions' law is the student's; `gap`: from where to where somebody else has written them.
+    """
     rng = np.random.default_rng(seed)
     has_teacher = config_lib.has_teacher(config)
     goal = objective.from_config(config, has_teacher=has_teacher)
@@ -119,7 +123,9 @@ def case(config: config_lib.Config, *, seed: int = 0, on_policy: bool = False, t
     prompts = Pipeline(task.examples("train"), encoder, prompts_per_step=len(texts) // group, group_size=group, seed=0).batch(0)
     with jax.set_mesh(mesh):
         rollout = from_completions(*parallel.shard_batch((tokens_BT, mask_BT, stopped_B, prompts.prompts.id_B), mesh))
-        rollout = rollout.replace(behaviour_logp_BT=jnp.asarray(behaviour_BT))
+        outside_T = (np.arange(tokens_BT.shape[1]) < gap[0]) | (np.arange(tokens_BT.shape[1]) >= gap[1])
+        written = {"mask_BT": rollout.mask_BT & outside_T[None], "present_BT": rollout.mask_BT} if gap[1] else {}
+        rollout = rollout.replace(behaviour_logp_BT=jnp.asarray(behaviour_BT), **written)
         scorer = jnp.asarray(logits[names[0]]) if names else None
         made = BatchMaker(config, goal, task, BYTES, inform, mesh, teacher=Table())(prompts, rollout, scorer)
     bank = teachers.make_bank(config, {name: Table() for name in names}, Table() if config_lib.needs_reference(config) else None)
@@ -142,6 +148,7 @@ def case(config: config_lib.Config, *, seed: int = 0, on_policy: bool = False, t
         behaviour_logp_BT=behaviour_BT,
         reward_B=np.array([task.verify(example, text).reward for example, text in zip(rows, texts, strict=True)]),
         stopped_B=stopped_B,
+        gap=gap,
         member_B=[names[tags.index(example.tag)] for example in rows] if names else [],
         evaluate=evaluate,
     )
