@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opd_jax import config as config_lib
-from opd_jax import learner, objective, parallel, teachers
+from opd_jax import labels, learner, objective, parallel, teachers
 from opd_jax.batches import BatchMaker, Made
 from opd_jax.data import tokenizer
 from opd_jax.data.contexts import Reader
@@ -18,6 +18,7 @@ from opd_jax.data.tasks import Example, Verdict
 from opd_jax.data.teacher_prompts import TeacherPrompts
 from opd_jax.numerics.estimators import Context
 from opd_jax.numerics.heads import DenseHead
+from opd_jax.replay import Recalled
 from opd_jax.rollout import from_completions
 from opd_jax.types import View
 
@@ -91,7 +92,7 @@ class Case:
     reward_B: np.ndarray
     stopped_B: np.ndarray
     gap: tuple[int, int]
-    member_B: list[str]  # the teacher of each row's tag
+    tag_B: list[str]
     evaluate: Callable  # student's logits -> (loss, sums for the metrics, gradient)
 
 
@@ -110,7 +111,9 @@ def case(config: config_lib.Config, *, seed: int = 0, on_policy: bool = False, t
     rng = np.random.default_rng(seed)
     has_teacher = config_lib.has_teacher(config)
     goal = objective.from_config(config, has_teacher=has_teacher)
-    tags, names = teachers.tags(config) or ("",), list(teachers.asked(config)) if has_teacher else []
+    tags = tuple(map(config_lib.names_in, (config.masking.tags, config.reward.tags)))
+    tags = sum(tags, ()) or teachers.tags(config) or ("",)
+    names = list(teachers.asked(config)) if has_teacher else []
     tokens_BT, mask_BT, stopped_B = encode_completions(texts, BYTES, max_new_tokens=config.rollout.max_new_tokens)
     # Peaked laws beside flat ones; what all models share is more than what tells them apart.
     shared = rng.normal(size=(*tokens_BT.shape, Table.vocab_size)) * rng.choice([1.0, 6.0], (*tokens_BT.shape, 1))
@@ -126,8 +129,11 @@ def case(config: config_lib.Config, *, seed: int = 0, on_policy: bool = False, t
         outside_T = (np.arange(tokens_BT.shape[1]) < gap[0]) | (np.arange(tokens_BT.shape[1]) >= gap[1])
         written = {"mask_BT": rollout.mask_BT & outside_T[None], "present_BT": rollout.mask_BT} if gap[1] else {}
         rollout = rollout.replace(behaviour_logp_BT=jnp.asarray(behaviour_BT), **written)
-        scorer = jnp.asarray(logits[names[0]]) if names else None
-        made = BatchMaker(config, goal, task, BYTES, inform, mesh, teacher=Table())(prompts, rollout, scorer)
+        scorer, recalled = jnp.asarray(logits[names[0]]) if names else None, None
+        if config_lib.keeps_scores(config):
+            scores = labels.make_scorer(labels.form_of(goal), Table())(scorer, prompts.teacher_prompts, rollout)
+            recalled = Recalled(prompts, rollout, labels.target(scores))
+        made = BatchMaker(config, goal, task, BYTES, inform, mesh, teacher=Table())(prompts, rollout, scorer, recalled)
     bank = teachers.make_bank(config, {name: Table() for name in names}, Table() if config_lib.needs_reference(config) else None)
     frozen = {name: jnp.asarray(logits[name]) for name in (teachers.REFERENCE, *names)}
 
@@ -149,7 +155,7 @@ def case(config: config_lib.Config, *, seed: int = 0, on_policy: bool = False, t
         reward_B=np.array([task.verify(example, text).reward for example, text in zip(rows, texts, strict=True)]),
         stopped_B=stopped_B,
         gap=gap,
-        member_B=[names[tags.index(example.tag)] for example in rows] if names else [],
+        tag_B=[example.tag for example in rows],
         evaluate=evaluate,
     )
 

@@ -32,7 +32,7 @@ class Seen:
         tensor = lambda x: torch.tensor(np.asarray(x))
         self.student = tensor(case.logits["student"]).requires_grad_()
         self.teacher = {name: tensor(x) for name, x in case.logits.items() if name not in ("student", "reference")}
-        self.member = case.member_B
+        self.tag = case.tag_B
         self.tokens, self.behaviour = tensor(case.tokens_BT).long(), tensor(case.behaviour_logp_BT)
         self.reward, self.stopped = tensor(case.reward_B), tensor(case.stopped_B)
         self.q = torch.log_softmax(next(iter(self.teacher.values()), self.student), -1).detach()
@@ -103,9 +103,44 @@ def oracle(*names: str, on_policy: bool = False, gap: tuple[int, int] = (0, 0), 
     return add
 
 
-@oracle("sft", "seq_kd")
-def cross_entropy(seen, **_):
+@oracle("sft")
+def cross_entropy(seen):
     return F.cross_entropy(seen.student.flatten(0, 1), seen.labels.flatten(), ignore_index=-100)
+
+
+@oracle("seq_kd")
+def sequence_level(seen, reject=False, stored=False, store=False, word=0.0, greedy=False):
+    """Of what the teacher wrote and, with reject, the verifier accepts; word: a share of the word-level loss."""
+    if reject:
+        seen.mask = seen.mask * (seen.reward >= 1)[:, None]
+    loss = (1 - word) * cross_entropy(seen)
+    soft = on_top_of_teacher(seen, 16) if stored or store else forward_kl(seen.p, seen.q)
+    return loss + word * token_mean(soft, seen.mask) if word else loss
+
+
+def on_top_of_teacher(seen, k):
+    """Forward KL on the teacher's best tokens and one entry for the rest."""
+    ids = seen.q.topk(k, -1).indices
+    p, q = (loss_utils.add_tail_bucket(law.gather(-1, ids)) for law in (seen.p, seen.q))
+    return loss_utils.compute_divergence(p, q, 0.0)
+
+
+@oracle("dagger")
+def of_the_experts_action(seen, soft=False, k=16, p=0.0):
+    if soft:
+        return token_mean(on_top_of_teacher(seen, int(k)), seen.mask)
+    best = seen.q.argmax(-1)
+    return F.cross_entropy(seen.student.flatten(0, 1), torch.where(seen.mask > 0, best, -100).flatten(), ignore_index=-100)
+
+
+@oracle("lightning")
+def offline(seen, k=0, cumulative=False, store=False):
+    """The advantage log q - log p of stored completions; k: the stored top of the law."""
+    if k:
+        return token_mean(on_top_of_teacher(seen, int(k)), seen.mask)
+    log_ratio = (seen.at(seen.p) - seen.behaviour).detach() * seen.mask
+    weight = log_ratio.cumsum(1).exp() if cumulative else 1
+    return reinforce(seen, weight * (seen.at(seen.q) - seen.at(seen.p)))
 
 
 @oracle("supervised_kd")
@@ -238,8 +273,18 @@ def adaptive(seen, tau=0.007, gain=1.0, full=False):
     return extrapolated(seen, scale[..., None], full=True)
 
 
-def rloo(seen):
-    return (seen.groups(8) - (seen.groups(8).sum(1, keepdim=True) - seen.groups(8)) / 7).flatten()[:, None]
+def rloo(seen, size=8):
+    group = seen.groups(size)
+    return (group - (group.sum(1, keepdim=True) - group) / (size - 1)).flatten()[:, None]
+
+
+@oracle("routed")
+def by_domain(seen, taught="reverse", tag=False):
+    """A term for each domain, of its own tokens alone; where each has one term, balance has nothing to do."""
+    own = torch.tensor([tag == taught for tag in seen.tag]).double()[:, None]
+    (teacher,) = seen.teacher.values()
+    policy = reinforce(seen, rloo(seen, 4), lambda x, mask: token_mean(x, mask * (1 - own)))
+    return policy + token_mean(reverse_kl(seen.p, teacher.log_softmax(-1)), seen.mask * own)
 
 
 @oracle("rl_opd", value=False)
@@ -259,8 +304,8 @@ def with_rewards(seen, share=0.5, convex=False, route=False, kdrl=False):
 def routed(seen, reward=0.0, scale=1.0, keep=""):
     """w_t A_t, w_t the ratio or, outside [1/2, 2], 0; A_t of the teacher of the row's domain."""
     teachers = {name: law.log_softmax(-1) for name, law in seen.teacher.items()}
-    assert len(set(seen.member)) == len(teachers) == 2 + bool(keep)
-    q, r = torch.stack([seen.at(teachers[name])[row] for row, name in enumerate(seen.member)]), seen.at(seen.r)
+    assert len(set(seen.tag)) == len(teachers) == 2 + bool(keep)
+    q, r = torch.stack([seen.at(teachers[name])[row] for row, name in enumerate(seen.tag)]), seen.at(seen.r)
     ratio = (seen.at(seen.p) - seen.behaviour).exp().detach()
     weight = torch.where((ratio >= 0.5) & (ratio <= 2), ratio, 0)
     loss = reinforce(seen, weight * (scale * (q - r) - (seen.at(seen.p) - r)), sequence_mean)
