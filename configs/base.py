@@ -3,10 +3,11 @@
     python experiments/train.py --config=configs/base.py --workdir=runs/self
 
 Self-distillation on a model that makes nothing of its context is vacuous. So the base (role=base: 0.6M weights, bytes) is trained on
-strings of 5 digits: to reverse and to shift them, with and without something beside the question, and to sort, add and chain them only WITH
+strings of 4 digits: to reverse and to shift them, with and without something beside the question, and to sort, add and chain them only WITH
 a solution, another answer or feedback to read. Without it answers those in no case, with a solution in all; a run measures that.
 
-role=weak is that base after some updates of SFT on the skill, for methods that need a success now and then. role=self, the default, is the
+role=weak is that base after some updates of SFT on the skill, for methods that need a success now and then; role=mid after many on the
+skill alone (mid-training), which forgets the old ones. role=self, the default, is the
 setting: the student is the base (head_start: the weak one), its teacher is itself as it was, training prompts are a fixed set of one skill
 (skill=sort, add or chain; prompts=N, 0: unlimited), evaluation is of that skill and of the two that the base had before. A run without a
 method distils with the solution to read. Other arguments: level=N digits, width=N of the base, seed=N, tiny: a run of seconds, for tests.
@@ -15,17 +16,18 @@ method distils with the solution to read. Other arguments: level=N digits, width
 from opd_jax import config
 
 OLD, NEW = ("reverse", "shift"), ("sort", "add", "chain")
+READ = "solution,demonstration,sibling,feedback"
 WEAK = {"sort": 40, "add": 80, "chain": 40}  # updates of SFT after which a skill succeeds now and then
 
 
 def get_config(arg=None):
     arg = config.parse_arg(
-        arg, role=("self", "base", "weak"), skill=NEW, head_start=False, prompts=128, level=0, width=0, seed=0, tiny=False
+        arg, role=("self", "base", "weak", "mid"), skill=NEW, head_start=False, prompts=128, level=0, width=0, seed=0, tiny=False
     )
     c = config.default()
     c.seed = c.task.seed = arg.seed
     c.task.name = "skills"
-    c.task.level = arg.level or (4 if arg.tiny else 5)
+    c.task.level = arg.level or 4
     c.rollout.max_new_tokens = c.task.level + 2  # a sum has one digit more, and the stop token is one
     c.rollout.batch_size = 16 if arg.tiny else 64
     c.learner.b2 = 0.95
@@ -33,7 +35,7 @@ def get_config(arg=None):
     c.eval.prompts = c.task.eval_size = 18 if arg.tiny else 192
     c.eval.batch_size = 18 if arg.tiny else 192
     c.log.samples_every = 0 if arg.role != "self" else c.log.samples_every
-    return {"self": itself, "base": base, "weak": weak}[arg.role](c, arg)
+    return {"self": itself, "base": base, "weak": weak, "mid": mid}[arg.role](c, arg)
 
 
 def shared(arg):
@@ -57,15 +59,14 @@ def base(c, arg):
     """SFT from random weights on unlimited fresh prompts."""
     c.rollout.source, c.signal.divergence = "dataset", "nll"
     c.task.skills = ",".join((*OLD, *NEW))
-    c.task.informed, c.task.informed_tags = 0.4, ",".join(NEW)
-    c.task.informed_reads = "solution,demonstration,sibling,feedback"
+    c.task.informed, c.task.informed_tags, c.task.informed_reads = 0.3, ",".join(NEW), READ
     c.student.init.hidden_size = arg.width or (16 if arg.tiny else 128)
     c.student.init.intermediate_size = 3 * c.student.init.hidden_size
     c.student.init.num_hidden_layers = 1 if arg.tiny else 3
     c.student.init.initializer_range = 0.08
     c.learner.learning_rate = 3e-3
     c.eval.prompts = 0
-    c.steps = 8 if arg.tiny else 400
+    c.steps = 8 if arg.tiny else 500
     return c
 
 
@@ -74,7 +75,19 @@ def weak(c, arg):
     c.rollout.source, c.signal.divergence = "dataset", "nll"
     c.student.recipe = f"configs/base.py:base{shared(arg)}"
     c.task.skills = ",".join((*OLD, arg.skill))
+    c.task.informed, c.task.informed_reads = 0.3, READ  # it goes on reading
     c.learner.learning_rate = 1e-3
     c.eval.prompts = 0
     c.steps = 4 if arg.tiny else WEAK[arg.skill]
+    return c
+
+
+def mid(c, arg):
+    """The base after training on unlimited fresh prompts of the skill, and of nothing else."""
+    c.rollout.source, c.signal.divergence = "dataset", "nll"
+    c.student.recipe = f"configs/base.py:base{shared(arg)}"
+    c.task.skills = arg.skill
+    c.learner.learning_rate = 2e-3
+    c.eval.prompts = 0
+    c.steps = 4 if arg.tiny else 200
     return c

@@ -51,7 +51,8 @@ recorder
 score_cache
 train
 analysis
-sweeps""".splitlines()
+sweeps
+method_table""".splitlines()
 FLOOR = {name: level for level, line in enumerate(FLOORS) for name in line.split()}
 
 # Vendor -> the modules that may import it.
