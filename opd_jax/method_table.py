@@ -54,6 +54,12 @@ COLUMNS = {
     ),
     "scale": (*_ENDS, *_KLS, Column("length", "length")),
     "mismatch": (*_ENDS, Column("length", "length")),
+    "merge": (
+        *(Column(f"{tag}{when}", f"accuracy{key}/{tag}") for tag in ("reverse", "sort") for when, key in _BEFORE_AND_AFTER),
+        Column("sampled", "sampled_accuracy"),
+        Column("teachers, sampled", "teacher"),
+        *_COST,
+    ),
     "recovery": (
         *(Column(f"{tag}{when}", f"accuracy{key}/{tag}") for tag in ("reverse", "shift", "add") for when, key in _BEFORE_AND_AFTER),
         *_COST,
@@ -113,6 +119,8 @@ def measured(records: Records, config: Config) -> dict[str, float]:
     found |= {f"accuracy_before/{tag}": value for tag, value in accuracies(records[:1]).items()}
     found["flops"], found["generated_tokens"] = last["cost/flops_total"], last["cost/generated_tokens_total"]
     teacher, before = last.get("eval/teacher_sampled_accuracy"), first.get("eval/sampled_accuracy", 1.0)
+    if teacher is not None:
+        found["teacher"] = teacher
     if teacher is not None and teacher > before:
         found["recovery"] = (last["eval/sampled_accuracy"] - before) / (teacher - before)
     learnt = config.task.learn

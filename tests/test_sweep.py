@@ -186,7 +186,7 @@ def test_ready_made_sweeps_expand_to_runs_that_their_flags_repeat(path, monkeypa
         name = f"configs/sweeps/{path.name}{arg}"
         asked = plan.read_file(name)
         made = plan.make(Base(name, {"learner.learning_rate": 1e-5, "model.remat": True}), asked)
-        assert asked.seeds == (2 if arg else 5) and made.seed_fields == ("seed", "student.recipe", "task.seed")
+        assert asked.seeds in ((2,) if arg else (3, 5)) and made.seed_fields == ("seed", "student.recipe", "task.seed")
         assert len(made.trials) == asked.seeds * len(made.settings)
         assert len(made.settings) == 2 if arg else len(made.settings) >= 4
         assert len({trial.name for trial in made.trials}) == len(made.trials)

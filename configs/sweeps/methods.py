@@ -15,6 +15,7 @@ from opd_jax import config, sweeps
 
 # Settings: the config file that a row starts from, before its method's axes.
 QUICK, SELF, EXPERTS = "configs/quickstart.py", "configs/base.py", "configs/experts.py"
+HOMES = {"opsd": SELF, "sdft": SELF, "sdpo": SELF, "mopd": EXPERTS, "pooled": EXPERTS}  # settings of methods' own files; others: QUICK
 SKILLS = ("sort", "add", "chain")  # of section=sequence, in the order in which they are learnt
 # Updates that cost as much as 100 of on-policy distillation, by the accounting of opd_jax/cost.py: per token of a completion it samples and
 # trains a student of N weights (2 N + 6 N) and reads a teacher of 3.7 N (2 * 3.7 N); SFT trains alone, SeqKD samples the teacher.
@@ -24,6 +25,11 @@ AT_EQUAL_FLOPS = {"sft": 257, "seq_kd": 115, "grpo": 193}
 def method(name, arg="", **fields):
     """A row of configs/methods/NAME.py:arg with further fields; `.` in their names is `__`."""
     return {"method": name, "arg": arg, **{field.replace("__", "."): value for field, value in fields.items()}}
+
+
+def as_it_is(recipe):
+    """A row that evaluates a model: one update that changes nothing to speak of."""
+    return method("", student__recipe=recipe, steps=1, learner__warmup_steps=0, learner__learning_rate=1e-9)
 
 
 def external(prompts):
@@ -74,6 +80,17 @@ SECTIONS = {
     "sequence": (SELF, {"sdft": method("sdft"), "sdft_reverse_kl": method("sdft", "reverse_kl"), "sft": method("sft")}),
     "scale": (QUICK, scaled((1.0, 0.5, 1.25, 1.5, 2.0, 3.0))),
     "mismatch": (QUICK, sharpened(1.0) | sharpened(0.25)),
+    "merge": (
+        EXPERTS,
+        {
+            "mopd": method("mopd"),
+            "routed_full": method(""),
+            "mopd_scale1.25": method("mopd", "scale=1.25"),
+            "pooled": method("pooled"),
+            "sft": method("sft"),
+            **{f"expert_{skill}": as_it_is(f"configs/experts.py:{skill}") for skill in ("reverse", "sort")},
+        },
+    ),
     "recovery": (SELF, {name: method("" if name == "opd" else "sft") for name in ("opd", "sft")}),
 }
 
@@ -100,7 +117,7 @@ def with_axes(setting, name, arg, common):
     """The setting with what configs/methods/NAME.py changes in its own: a method is its axes, and has them anywhere."""
     if not name:
         return config.load_config(f"{setting}:{arg},{common}")
-    if setting == (SELF if name in ("opsd", "sdft", "sdpo") else QUICK):
+    if setting == HOMES.get(name, QUICK):
         return config.load_config(f"configs/methods/{name}.py:{arg},{common}")
     taken, rest = config.split_arg(arg, head_start=False)
     plain, own = (config.flatten(config.load_config(one).to_dict()) for one in (QUICK, f"configs/methods/{name}.py:{rest}"))
