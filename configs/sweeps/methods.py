@@ -88,7 +88,7 @@ SECTIONS = {
             "mopd_scale1.25": method("mopd", "scale=1.25"),
             "pooled": method("pooled"),
             "sft": method("sft"),
-            **{f"expert_{skill}": as_it_is(f"configs/experts.py:{skill}") for skill in ("reverse", "sort")},
+            **{f"expert_{skill}": as_it_is(f"configs/experts.py:{skill},skills=reverse+sort,level=4") for skill in ("reverse", "sort")},
         },
     ),
     "recovery": (SELF, {name: method("" if name == "opd" else "sft") for name in ("opd", "sft")}),
