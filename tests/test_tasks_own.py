@@ -96,5 +96,5 @@ def test_every_built_in_name_is_documented():
         tasks.make("", path="", level=1, train_size=0, eval_size=0, seed=0)
     names = re.search(r"valid: ([\w, ]+)", str(error.value))[1].split(", ")
     assert len(names) == 12
-    documented = re.search(r'name: str = "arithmetic"  # (.*)', inspect.getsource(config_lib.Task))[1]
+    documented = re.search(r'# (.*)\n    name: str = "arithmetic"', inspect.getsource(config_lib.Task))[1]
     assert re.split(r", | or ", documented) == names
