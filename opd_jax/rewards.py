@@ -181,7 +181,7 @@ def best_and_worst(score_B: np.ndarray, group_size: int, tokens_BT: np.ndarray, 
     first_P = np.arange(len(score_PG)) * group_size
     best_P, worst_P = first_P + score_PG.argmax(1), first_P + score_PG.argmin(1)
     written_BT = np.where(mask_BT, tokens_BT, -1)
-    differs_P = ~_all_equal(score_PG) & (written_BT[best_P] != written_BT[worst_P]).any(1)
+    differs_P = (written_BT[best_P] != written_BT[worst_P]).any(1)  # of equal scores the first is both
     best_P, worst_P = best_P[differs_P], worst_P[differs_P]
     partner_B, sign_B = np.arange(len(score_B), dtype=np.int32), np.zeros(len(score_B), np.float32)
     partner_B[best_P], partner_B[worst_P] = worst_P, best_P

@@ -79,6 +79,11 @@ def test_a_judge_that_fails_is_no_success(student):
     assert measured(student, config_of(), judge=fails).rate_P.tolist() == [0.0] * 5
 
 
+def test_completions_are_judged_by_their_own_example(student):
+    rates = measured(student, config_of(), judge=lambda example, text: example.id == EXAMPLES[1].id).rate_P
+    assert rates.tolist() == [0.0, 1.0, 0.0, 0.0, 0.0]
+
+
 def test_candidates_are_drawn_by_the_seed_without_repetition():
     examples = make("arithmetic", path="", level=3, train_size=0, eval_size=1, seed=0).examples("train")
     first, again = (difficulty.candidates(config_of(difficulty_prompts=50), examples) for _ in range(2))

@@ -222,6 +222,7 @@ def asked(**changes):
     [
         ({"rollout": config_lib.Rollout(group_size=1)}, "rollout.group_size = 1 must be at least 2, because preference.weight = 1"),
         ({"rollout": config_lib.Rollout(group_size=2, source="dataset")}, "rollout.source = 'dataset' has one completion of a prompt"),
+        ({"rollout": config_lib.Rollout(group_size=2, source="corrected")}, "rollout.source = 'corrected' gives the ends of completions"),
         ({"rollout": config_lib.Rollout(group_size=2, temperature=0.0)}, "is greedy, but preference.weight = 1 needs draws"),
         ({"teacher": config_lib.Teacher()}, "must name a model, because preference.judge = 'teacher' asks it"),
         ({"preference": config_lib.Preference(weight=1.0, judge="best")}, "preference.judge = 'best' is not known; valid: teacher,"),

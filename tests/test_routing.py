@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from test_bank import batch_of, config_of, goal_of, gradient, members
 
-from opd_jax import claim, objective, routing
+from opd_jax import claim, objective, routing, train
 from opd_jax import config as config_lib
 from opd_jax.data.tasks import Example
+from opd_jax.recorder import _token_shares
 from opd_jax.teachers import Bank
 from opd_jax.types import UserError
 
@@ -90,3 +91,19 @@ def test_claims_say_what_tags_leave_out():
     said = claim.of_run(objective.from_config(config, has_teacher=True), config)
     for words in ("masking.tags=x leaves tokens out", "(reward.tags=y)", "(loss.balance=tag)"):
         assert words in said
+
+
+def test_shares_of_tokens_are_by_tag():
+    mask_BT = np.array([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 0]], bool)
+    assert _token_shares(EXAMPLES, mask_BT) == {"train/token_share/x": 0.5, "train/token_share/y": 0.5}
+    assert _token_shares([EXAMPLES[0], Example(2, "3=")], mask_BT[[0, 1, 1, 1]]) == {"train/token_share/x": 4 / 6}
+
+
+def test_a_run_refuses_tags_before_any_work(tmp_path):
+    c = config_lib.default()
+    c.task.name, c.task.skills, c.masking.tags, c.teacher.path = "skills", "chain,sort", "chain", "nowhere"
+    with pytest.raises(UserError, match="have neither the tag 'sort' of the example"):
+        next(train.run(c, tmp_path / "run"))
+    c.masking.tags = "chian"
+    with pytest.raises(UserError, match="no example has the tag 'chian'; valid: chain, sort"):
+        next(train.run(c, tmp_path / "run"))

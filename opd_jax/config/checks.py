@@ -207,6 +207,7 @@ def _check_preference(config: Config) -> None:
     asked = f"because preference.weight = {settings.weight:g}"
     _require(rollout.group_size > 1, "rollout.group_size", rollout.group_size, f"must be at least 2, {asked} compares rollouts of a prompt")
     _require(not needs_solutions(config), "rollout.source", rollout.source, f"has one completion of a prompt, {asked} compares several")
+    _require(rollout.source != "corrected", "rollout.source", rollout.source, f"gives the ends of completions, {asked} compares whole ones")
     ranks = f"preference.judge = {settings.judge!r}"
     _require(settings.judge == "reward" or has_teacher(config), "teacher.path", "", f"must name a model, because {ranks} asks it")
     members = len(config.teacher.members)
