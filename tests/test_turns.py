@@ -12,6 +12,7 @@ from test_sources import without_clock
 
 from opd_jax import config as config_lib
 from opd_jax import environments, evaluate, metrics, objective, parallel, rollout, sampler, train
+from opd_jax.analysis import study_job
 from opd_jax.batches import BatchMaker
 from opd_jax.config.loading import load_config
 from opd_jax.context_gap import ContextGap
@@ -285,6 +286,31 @@ def test_malformed_calls_are_left_to_the_reward():
 
 
 # ---- evaluation and runs
+
+
+@pytest.mark.parametrize("source", ["student", "teacher"])
+def test_the_sources_of_a_config_write_in_turns(source):
+    settings = config_lib.Rollout(source=source, batch_size=4, group_size=1, max_new_tokens=T, max_turns=3, temperature=0.9)
+    mesh, params = parallel.make_mesh(), {"student": jnp.asarray(table()), "teacher": jnp.asarray(table()[::-1])}
+    made = {"tokenizer": byte(), "student": Chatter(), "teacher": Chatter(), "seed": 0, "mesh": mesh}
+    read = pipeline.Pipeline(
+        TASK.examples("train"), pipeline.Encoder(byte(), 32, "refuse"), prompts_per_step=4, group_size=1, seed=0
+    ).batch(2)
+    found = rollout.make_source(settings, **made, environment=TASK.environment)(params["student"], params["teacher"], read, 2)
+    key = jax.random.fold_in(jax.random.key(0), 2)
+    settings = {"key": key, "max_new_tokens": T, "temperature": 0.9}
+    write = functools.partial(rollout.sample, params[source], Chatter(), jax.tree.map(jnp.asarray, read.prompts), **settings)
+    expected = Turns(TASK.environment, byte(), 3, mesh).write(write, read.prompts.id_B, T)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert np.asarray(found.standing_BT & ~found.mask_BT).any()
+
+
+def test_a_study_of_gradients_has_one_turn(tmp_path):
+    c = load_config(str(ROOT / "configs" / "gradient_study.py"))
+    c.rollout.max_turns = 2
+    with pytest.raises(config_lib.ConfigError, match="rollout.max_turns = 2: a study samples completions of one turn; use 1"):
+        study_job.run(config_lib.parse(c), tmp_path, make_model=None, progress=None)
 
 
 def test_every_model_is_evaluated_with_the_environment():
