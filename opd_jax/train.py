@@ -76,14 +76,16 @@ def make_store(recipe: str, cache_dir: str, *, stop: StopRequest | None = None, 
     progress = progress or Progress(quiet=True)
     if not store.is_whole(folder):
         progress.phase(f"writing the store of {recipe} in {folder} (once)")
-        score_cache.write(config_lib.parse(config), folder, make_model=make_model, stop=stop, progress=progress)
+        recipes = functools.partial(make_model, stop=stop, progress=progress)
+        score_cache.write(config_lib.parse(config), folder, make_model=recipes, stop=stop, progress=progress)
     return str(folder)
 
 
 def locate_recipe(recipe: str, cache_dir: str) -> tuple:
-    """(ConfigDict, folder of its run or store) of a recipe; nothing is made."""
+    """(ConfigDict, folder of its run or store) of a recipe; nothing is made. Recipes that it names itself have the same `cache_dir`."""
     config = load_config(recipe)
     digest = hashlib.blake2b(repr(config_lib.parse(config)).encode(), digest_size=4).hexdigest()
+    config.cache_dir = cache_dir
     name = recipe.removesuffix(".py").replace(".py:", "_").replace("/", "_").replace(",", "_")
     return config, pathlib.Path(cache_dir) / f"{name}_{digest}"
 

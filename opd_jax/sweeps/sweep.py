@@ -139,7 +139,7 @@ class _Runner:
             own = self._recipes(config_lib.parse(made_of), found)
             arg = recipe.partition(":")[2]
             file = f"{loading.find(recipe)}{':' if arg else ''}{arg}"
-            command = (sys.executable, script[0], f"--config={file}", script[1])
+            command = (sys.executable, script[0], f"--config={file}", f"--config.cache_dir={made_of.cache_dir}", script[1])
             # Beside the models, so that two sweeps that share them do not make one model twice at the same time.
             found[name] = Job(name, command, self._folder.point(name), folder.with_name(f"{folder.name}.lock"), own)
         return name
