@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from opd_jax import checkpoint, job, labels, learner, metrics, model_io, objecti
 from opd_jax import config as config_lib
 from opd_jax.config import ConfigError
 from opd_jax.metrics import Progress
+from opd_jax.sweeps import sweep
 from opd_jax.types import UserError
 
 QUIET = Progress(quiet=True)
@@ -379,3 +381,22 @@ def test_a_recipe_is_written_once(teacher, tmp_path):
     assert without_clock(train.run(c, tmp_path / "second")) == without_clock(first)
     assert folder.stat().st_mtime_ns == before
     assert json.loads((tmp_path / "first" / "config.json").read_text())["rollout"]["cache_recipe"] == str(file)
+
+
+def test_recipes_of_a_recipe_are_kept_beside_it_and_a_sweep_makes_them_before(tmp_path):
+    c = config_lib.load_config("configs/methods/lightning.py:tiny")
+    config, folder = train.locate_recipe(c.rollout.cache_recipe, str(tmp_path))
+    assert config.cache_dir == str(tmp_path) and folder.parent == tmp_path
+    assert folder.name == train.locate_recipe(c.rollout.cache_recipe, "elsewhere")[1].name
+    runner, jobs = object.__new__(sweep._Runner), {}
+    runner._folder = types.SimpleNamespace(point=tmp_path.joinpath)
+    c.cache_dir = str(tmp_path)
+    needs = runner._recipes(config_lib.parse(c), jobs)
+    kinds = ["teacher", "student", "seqkd", "store"]
+    made = {kind: next(name for name in jobs if f"_{kind}_" in name) for kind in kinds}
+    assert set(needs) == {made["seqkd"], made["teacher"], made["store"]} and set(jobs) == set(made.values())
+    assert set(jobs[made["store"]].needs) == {made["seqkd"], made["teacher"]}
+    command = jobs[made["store"]].command
+    assert command[1].endswith("score_cache.py") and f"--out={folder}" in command and f"--config.cache_dir={tmp_path}" in command
+    order = list(jobs)
+    assert all(order.index(need) < order.index(name) for name in order for need in jobs[name].needs)
