@@ -9,7 +9,10 @@ completions then learn from the reward alone. Both are the remedies that Liu et 
 practice) name for students that exploit a teacher; they give no weights, W is ours.
 
 The teacher is made by SFT on worked solutions, the student by less of it, on first use. Arguments teacher and student are the recipes;
-level=N numbers, prompts, seed, width and tiny as in the quickstart. NOT MEASURED.
+level=N numbers, seed, width and tiny as in the quickstart, prompts=N too, but the default is fresh prompts without end.
+
+One run, seed 0, 128 held-out prompts of 3 numbers: 100 updates bring greedy accuracy from 0.22 to 0.70 and the reverse KL to the teacher
+from 0.41 to 0.14 nats per token, no call is malformed in the end. The arguments malformed and reward are NOT MEASURED.
 """
 
 from opd_jax import config
@@ -33,6 +36,8 @@ def get_config(arg=None):
     c.teacher.recipe = "configs/methods/tools.py:" + ",".join(["teacher", *shared])
     c.student.recipe = "configs/methods/tools.py:" + ",".join(["student", *shared, *own])
     c.masking.malformed = arg.malformed
+    if not any(part.startswith("prompts=") for part in parts):
+        c.task.train_size = 0  # 48 prompts teach their sums, not how to copy numbers into calls
     if not tiny:  # each evaluation goes through the turns, three times
         c.eval.prompts = c.eval.batch_size = 128
         c.eval.samples = 2
