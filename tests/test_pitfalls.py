@@ -127,6 +127,7 @@ def reverse_kl_to(model, theirs):
     return float(jax.jit(lambda: learner.gradient(goal, own[1], teachers.single(config), own[0], {"teacher": params}, batch)[0])())
 
 
+@pytest.mark.slow
 def test_5_the_logits_of_student_and_teacher_are_those_before_each_token():
     """Prompts of other lengths and widths: row by row, without padding, logits[prompt length - 1 : -1] of each model."""
     models, *prompts, completions = readers()
@@ -233,6 +234,7 @@ def after_updates(update, rate=0.0):
     return np.asarray(state.params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate, end", [(0.0, "frozen"), (1.0, "live")])
 @pytest.mark.parametrize("update", ["ema", "trust_region"], ids=["11", "12"])
 def test_11_and_12_at_its_ends_a_rate_is_a_frozen_or_a_live_teacher(update, rate, end):
@@ -293,6 +295,7 @@ def corrected(importance, **settings):
     return found, np.asarray(found.evaluate()[2])
 
 
+@pytest.mark.slow
 def test_15_ratios_are_1_on_policy_and_dropping_is_not_clipping(float64):
     plain = corrected("none", on_policy=True)[1]
     for importance in ("token", "clip", "drop", "sequence", "cumulative"):
