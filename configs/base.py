@@ -22,7 +22,7 @@ WEAK = {"sort": 12, "add": 24, "chain": 12}  # updates of SFT after which a skil
 
 def get_config(arg=None):
     arg = config.parse_arg(
-        arg, role=("self", "base", "weak", "mid"), skill=NEW, head_start=False, prompts=128, level=0, width=0, seed=0, tiny=False
+        arg, role=("self", "base", "weak", "mid"), skill=NEW, head_start=False, prompts=512, level=0, width=0, seed=0, tiny=False
     )
     c = config.default()
     c.seed = c.task.seed = arg.seed

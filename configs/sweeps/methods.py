@@ -5,7 +5,7 @@
 Argument section: few and unlimited (an external teacher on the quickstart's task, with 48 prompts and with fresh ones); opsd (a model that
 reads solutions, by who its teacher is); sdpo (rewards and siblings); sequence (three skills, one after the other); scale (extrapolation);
 mismatch (a teacher four times as sharp as it was trained to be); recovery (old skills after training on a new one); merge (two experts).
-Rows of a section have equal updates of equally many completions, and those with @flops as many updates as make their floating-point
+Rows of a section have equal updates of equally many completions; those with @flops have as many updates as make their floating-point
 operations those of the first row. A seed draws prompts, initial weights and samples. tiny is a sweep of 2 rows and 2 seeds, for tests.
 
 What it costs and what came out: the README's section on methods, made by experiments/method_table.py.
@@ -45,8 +45,8 @@ def external(prompts):
         "sft": method("sft", given),
         "grpo": method("grpo", f"{given},dr_grpo"),
     }
-    for name, steps in AT_EQUAL_FLOPS.items():
-        rows[f"{name}@flops"] = {**rows[name], "steps": steps}
+    if prompts:
+        rows |= {f"{name}@flops": {**rows[name], "steps": steps} for name, steps in AT_EQUAL_FLOPS.items()}
     return rows
 
 
