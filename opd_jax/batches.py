@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from opd_jax import config as config_lib
 from opd_jax import learner, parallel, rewards, routing, score, teachers
 from opd_jax.data import pipeline
+from opd_jax.data.privileged import Attempt
 from opd_jax.data.tasks import Example, Task
 from opd_jax.data.teacher_prompts import Informed, TeacherPrompts
 from opd_jax.data.tokenizer import Tokenizer
@@ -22,6 +23,7 @@ from opd_jax.objective import Objective
 from opd_jax.replay import Recalled
 from opd_jax.rewards import Judge, Judged, OwnJudge
 from opd_jax.types import Prompts, Rollout, view
+from opd_jax.writing import Writer
 
 
 class Learnt(NamedTuple):
@@ -39,6 +41,7 @@ class Made:
     judged: Judged | None  # None: nothing in the update asks for verdicts
     counts: dict[str, float]  # metrics context/ and preference/
     teacher_prompts: Prompts  # what the teachers read for this step's completions, on the mesh
+    written: tuple[int, int] = (0, 0)  # tokens that the first teacher read, and drew, to write what the teachers read
     learnt: Learnt | None = None  # None: the batch is of this step's completions
 
 
@@ -56,28 +59,34 @@ class BatchMaker:
         *,
         judge: OwnJudge | None = None,
         teacher: ModelConfig | Model | None = None,
+        writer: Writer | None = None,
     ):
         self._config, self._objective, self._tokenizer = config, objective, tokenizer
-        self._inform, self._mesh, self._teacher = inform, mesh, teacher
+        self._inform, self._mesh, self._teacher, self._writer = inform, mesh, teacher, writer
         self._judge = Judge(judge or task)
         self._route = {tag: number for number, tag in enumerate(teachers.tags(config))}
 
-    def __call__(self, prompts: pipeline.Batch, completions: Rollout, scorer: dict | None = None, recalled: Recalled | None = None) -> Made:
+    def __call__(
+        self, prompts: pipeline.Batch, completions: Rollout, scorer: dict | None = None, recalled: Recalled | None = None, *, step: int = 0
+    ) -> Made:
         """What student and teachers read for these completions, and what looks across rows. `scorer`: parameters of the first teacher.
 
-        `recalled`: what to learn from in their place, or these with scores that are known.
+        `step`, from 0, is that of the draws of a teacher that writes. `recalled`: what to learn from in their place, or these with scores
+        that are known.
         """
         if recalled is None or recalled.completions is completions:
-            return self._made(prompts, completions, scorer, recalled and recalled.scores)
-        made = self._made(recalled.prompts, recalled.completions, scorer, recalled.scores)
+            return self._made(prompts, completions, scorer, recalled and recalled.scores, step)
+        made = self._made(recalled.prompts, recalled.completions, scorer, recalled.scores, step)
         read = np.asarray(recalled.prompts.prompts.mask_BS).sum() + np.asarray(recalled.completions.standing_BT).sum()
         own = parallel.shard_batch(prompts.teacher_prompts, self._mesh)
         return dataclasses.replace(made, judged=None, teacher_prompts=own, learnt=Learnt(int(read), recalled.age))
 
-    def _made(self, prompts: pipeline.Batch, completions: Rollout, scorer: dict | None, scores: SparseTarget | TokenTarget | None) -> Made:
+    def _made(
+        self, prompts: pipeline.Batch, completions: Rollout, scorer: dict | None, scores: SparseTarget | TokenTarget | None, step: int
+    ) -> Made:
         routing.check(self._config, prompts.examples)
         judged = self.judge(prompts, completions) if config_lib.needs_verdicts(self._config) else None
-        informed = self._informed(prompts, judged)
+        informed = self._informed(prompts, completions, judged, scorer, step)
         read = prompts.teacher_prompts if informed is None else informed.prompts
         student, teacher = parallel.shard_batch((prompts.prompts, read), self._mesh)
         own = Context(
@@ -101,7 +110,7 @@ class BatchMaker:
             domain_B=self._rows(routing.domains_P(prompts.examples)) if self._config.loss.balance == "tag" else None,
             scores=scores,
         )
-        return Made(learner.place(self._mesh, batch), judged, counts, teacher)
+        return Made(learner.place(self._mesh, batch), judged, counts, teacher, informed.written if informed else (0, 0))
 
     def judge(self, prompts: pipeline.Batch, completions: Rollout) -> Judged:
         """The verdicts on a batch of completions; waits for them."""
@@ -114,11 +123,16 @@ class BatchMaker:
         standing_BT, tokens_BT = np.asarray(completions.standing_BT), np.asarray(completions.tokens_BT)
         return [self._tokenizer.decode(tokens[standing].tolist()) for tokens, standing in zip(tokens_BT, standing_BT, strict=True)]
 
-    def _informed(self, prompts: pipeline.Batch, judged: Judged | None) -> Informed | None:
+    def _informed(
+        self, prompts: pipeline.Batch, completions: Rollout, judged: Judged | None, scorer: dict | None, step: int
+    ) -> Informed | None:
         if self._inform is None:
             return None
-        attempts = judged.attempts if judged else None
-        return self._inform(prompts.examples, attempts, self._config.rollout.group_size, prompts.prompts.id_B)
+        attempts, id_B, write = judged.attempts if judged else None, prompts.prompts.id_B, None
+        if self._writer is not None:
+            attempts = attempts or [Attempt(text, 0.0) for text in self.texts(completions)]
+            write = lambda texts_B, kind: self._writer(scorer, texts_B, id_B, step=step, kind=kind)
+        return self._inform(prompts.examples, attempts, self._config.rollout.group_size, id_B, write)
 
     def _contexts(
         self, own: Context, completions: Rollout, examples: list[Example], judged: Judged | None, informed: Informed | None

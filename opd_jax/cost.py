@@ -24,6 +24,9 @@ class Work(NamedTuple):
     generated_tokens: int  # completion tokens that a model sampled
     scored_tokens: int  # completion tokens that teacher and reference models read, once for each of them
 
+    def plus(self, other: "Work") -> "Work":
+        return Work(*(a + b for a, b in zip(self, other, strict=True)))
+
 
 @dataclasses.dataclass(frozen=True)
 class Account:
@@ -62,6 +65,11 @@ def account(
     both = (student, teacher)
     generators = {"student": (student, 0), "teacher": (0, teacher), "dataset": (0, 0), "cache": (0, 0), "dagger": both, "corrected": both}
     return Account(student, trained, scorers, references, *generators[writer])
+
+
+def writing(teacher: int, prompt: int, drawn: int) -> Work:
+    """Of a teacher of so many parameters that reads prompts and writes texts of so many tokens for teachers to read."""
+    return Work(2 * teacher * (prompt + drawn), drawn, 0)
 
 
 def parameters(config: ModelConfig | Model, params: Any) -> int:

@@ -29,6 +29,7 @@ from opd_jax import (
     routing,
     teachers,
     trackers,
+    writing,
 )
 from opd_jax import config as config_lib
 from opd_jax import objective as objective_lib
@@ -208,10 +209,15 @@ def _make_bank(config: Config, pair: Pair) -> tuple[Bank | None, dict]:
 
 def _make_batch_maker(config: Config, objective, task: tasks.Task, pair: Pair, mesh: Mesh, own_judge: Callable | None) -> BatchMaker:
     informs = objective.has_teacher and config.context.privileged.reads
-    inform = TeacherPrompts(config.context.privileged, pair.teacher_prompts) if informs else None
+    writer = None
+    if informs and privileged.written(config.context.privileged.reads):
+        writer = writing.from_config(config, pair.teacher, pair.teacher_prompts.reader, pair.student.tokenizer, mesh)
+    room = writer.encoder.max_prompt_length if writer else 0
+    inform = TeacherPrompts(config.context.privileged, pair.teacher_prompts, room) if informs else None
     judge = rewards.OwnJudge(own_judge) if own_judge else None
     teacher = pair.teacher.config if pair.teacher else None
-    return BatchMaker(config, objective, task, pair.student.tokenizer, inform, mesh, judge=judge, teacher=teacher)
+    more = {"judge": judge, "teacher": teacher, "writer": writer}
+    return BatchMaker(config, objective, task, pair.student.tokenizer, inform, mesh, **more)
 
 
 def _begin_or_resume(

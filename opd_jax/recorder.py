@@ -52,6 +52,7 @@ class Recorder:
         self.step = job.step  # updates whose records are on disk
         self._saved_step = job.step if job.resumed else None
         self._accounts = _accounts(job)
+        self._teacher_size = cost.parameters(job.teacher.config, job.teacher.params) if job.teacher else 0
         self._info = {**job.info, **cost.totals(job.info, self._accounts(self._writer(1)))._asdict()}
         self._progress = progress
         self._pending: Pending | None = None
@@ -159,6 +160,7 @@ class Recorder:
         # Of corrected completions the student's beginning was sampled too, though it is not learnt from.
         read |= {"drawn": None if writer == "corrected" else drawn, "learnt": learnt and learnt.tokens}
         work = self._accounts(writer).work(**read)
+        work = work.plus(cost.writing(self._teacher_size, *pending.made.written))
         for name, amount in work._asdict().items():
             self._info[name] += amount
         record = {

@@ -51,7 +51,7 @@ def run(
                 scorer = job.scorer(recorder.state)
                 completions = job.rollouts(job.policy(recorder.state.params), scorer, prompts, step)
                 recalled = job.recall(prompts, completions, scorer, step)
-                made = job.make_batch(prompts, completions, scorer, recalled)
+                made = job.make_batch(prompts, completions, scorer, recalled, step=step)
                 annotated = recorder.annotate(step + 1, prompts, completions, made)
                 recorder.state, measured = job.update(recorder.state, job.frozen, made.batch, job.student.params)
             yield from recorder.record(step + 1, prompts, completions, made, measured, annotated)

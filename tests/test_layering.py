@@ -29,6 +29,7 @@ rollout
 checkpoint
 store
 model_io
+writing
 teachers
 routing
 pair

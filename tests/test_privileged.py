@@ -18,7 +18,7 @@ EXAMPLE = Example(id=0, prompt="17+25?", solution="42")
 GROUP = [Attempt("a", 0.0, "a is wrong"), Attempt("b", 1.0), Attempt("c", 0.5, "c is half"), Attempt("d", 1.0, "d is long")]
 
 
-def gather(*kinds, group=GROUP, own=0, example=EXAMPLE, success=1.0, feedback_with_solution=False, strip_thinking=True, critique=None):
+def gather(*kinds, group=GROUP, own=0, example=EXAMPLE, success=1.0, feedback_with_solution=False, strip_thinking=True, **written):
     return privileged.gather(
         kinds,
         example,
@@ -27,7 +27,7 @@ def gather(*kinds, group=GROUP, own=0, example=EXAMPLE, success=1.0, feedback_wi
         success=success,
         feedback_with_solution=feedback_with_solution,
         strip_thinking=strip_thinking,
-        critique=critique,
+        **written,
     )
 
 
@@ -98,7 +98,7 @@ def test_feedback_gives_way_to_a_right_answer():
 
 def test_what_is_not_asked_for_is_not_there():
     for kind in KINDS:
-        found = gather(kind, critique="vague")
+        found = gather(kind, critique="vague", analysis="deep")
         assert [name for name, text in vars(found).items() if text is not None] == [kind]
     assert gather("critique", group=[]) == Sections()
     assert gather(critique="vague") == Sections()
@@ -289,7 +289,7 @@ def test_a_teacher_reads_the_question_alone_unless_told_otherwise():
 
 def test_what_can_be_had_is_accepted():
     assert privileged.kinds_of(" sibling,feedback ,") == ("sibling", "feedback")
-    privileged.check(settings_of(reads=",".join(kind for kind in KINDS if kind != "critique")), task())
+    privileged.check(settings_of(reads=",".join(KINDS)), task())
     privileged.check(settings_of(reads="solution,demonstration", group_size=1, layout="compact"), task(verifiable=False))
     privileged.check(settings_of(reads="feedback", group_size=1), task(solution=None))
 
@@ -300,8 +300,8 @@ def test_what_can_be_had_is_accepted():
         (
             {"reads": "solution,siblings"},
             {},
-            "config field context.privileged.reads = 'siblings' is not known; valid: solution, demonstration, feedback, sibling, critique; "
-            "did you mean sibling?",
+            "config field context.privileged.reads = 'siblings' is not known; valid: solution, demonstration, feedback, sibling, critique, "
+            "analysis; did you mean sibling?",
         ),
         (
             {"reads": "sibling", "group_size": 1},
@@ -325,6 +325,12 @@ def test_what_can_be_had_is_accepted():
             {"solution": None},
             "config field context.privileged.reads = 'demonstration': no training example of task.name = 'arithmetic' has a solution to "
             "read as demonstration; add them",
+        ),
+        (
+            {"reads": "analysis"},
+            {"solution": None},
+            "config field context.privileged.reads = 'analysis': no training example of task.name = 'arithmetic' has a solution to read as "
+            "analysis; add them",
         ),
         (
             {"reads": "solution", "layout": "nowhere.jinja"},

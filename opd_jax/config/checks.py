@@ -32,7 +32,7 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         mesh.tensor eval.samples eval.batch_size checkpoint.every log.samples task.level study.rollouts study.reference study.microbatch
         study.position_parts study.sketch student.init.hidden_size student.init.intermediate_size student.init.num_hidden_layers
         student.init.num_attention_heads student.init.num_key_value_heads student.init.max_position_embeddings estimator.clip
-        teacher.every rollout.round rollout.max_turns task.difficulty_prompts task.difficulty_samples""",
+        teacher.every rollout.round context.privileged.write_tokens rollout.max_turns task.difficulty_prompts task.difficulty_samples""",
         lambda value: value >= 1,
         "must be at least 1",
     ),
@@ -53,7 +53,11 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         lambda value: value > 0,
         "must be above 0",
     ),
-    ("rollout.temperature", lambda value: value == 0 or value >= 1e-4, "must be 0 (greedy) or at least 0.0001"),
+    (
+        "rollout.temperature context.privileged.write_temperature",
+        lambda value: value == 0 or value >= 1e-4,
+        "must be 0 (greedy) or at least 0.0001",
+    ),
     (
         """rollout.min_p rollout.student_fraction rollout.beta rollout.beta_decay estimator.gamma learner.final_fraction signal.beta
         extra_signal.beta task.difficulty_low task.difficulty_high teacher.rate task.informed""",

@@ -79,11 +79,14 @@ class Privileged:
     """What the teacher reads beside the question. The student never reads it."""
 
     # some of solution, demonstration (both the example's solution), feedback (of the verifier on the own completion), sibling (a completion
-    # of the same prompt that succeeded), with commas between them
+    # of the same prompt that succeeded), critique (of the own completion) and analysis (of the solution), which the first teacher
+    # writes, as it is before the update; with commas between them
     reads: str = ""  # which sections there are; empty: the teacher reads the question alone
     layout: str = "words"  # words: English sentences; compact: a mark before each section, the prompt last; or a file with a Jinja template
     success: float = 1.0  # reward from which a completion may serve as a sibling
     feedback_with_solution: bool = False  # feedback also where a solution, demonstration or sibling is read
+    write_tokens: int = 64  # tokens of a critique or analysis at most
+    write_temperature: float = 0.0  # of the law that writes them; 0 is greedy
     strip_thinking: bool = True  # siblings without what stands between <think> and </think>
 
 

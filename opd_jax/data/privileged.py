@@ -1,4 +1,4 @@
-"""What a teacher reads beside the question: a solution, a demonstration, feedback, another attempt, a critique. From texts to a text.
+"""What a teacher reads beside the question: a solution, a demonstration, feedback, another attempt, what it wrote. From texts to a text.
 
 The student never reads any of it. A rollout for which there is nothing to read is masked out of the teacher's term by the caller.
 """
@@ -15,9 +15,11 @@ from opd_jax.config import ConfigError, check_choice
 from opd_jax.data.contexts import read_template
 from opd_jax.data.tasks import Example, Task
 
-KINDS = ("solution", "demonstration", "feedback", "sibling", "critique")
+KINDS = ("solution", "demonstration", "feedback", "sibling", "critique", "analysis")
 _GOLD = ("solution", "demonstration")  # the example's solution, in other words
 _JUDGED = ("feedback", "sibling")  # need the verdict of a verifier
+WRITTEN = ("critique", "analysis")  # by the first teacher, before it scores
+_CUTTABLE = ("feedback", *WRITTEN)
 NO_SECTION, TOO_LONG = "no_section", "too_long"  # why a rollout has no teacher prompt
 
 _FIELD = "context.privileged"
@@ -53,13 +55,45 @@ What a check of an earlier attempt has shown:
 What a reader of an earlier attempt remarks:
 {{ critique }}
 {% endif %}
+{% if analysis %}
+
+What a reader of the solution says of it:
+{{ analysis }}
+{% endif %}
 
 Now answer from the beginning, in words of your own.
 """
 # For models too small to read sentences: each section behind a mark, and the prompt last, so that it goes on as after the plain prompt.
-COMPACT = "".join(f"{{% if {kind} %}}{mark}{{{{ {kind} }}}}\n{{% endif %}}" for kind, mark in zip(KINDS, "=>!+?", strict=True))
+COMPACT = "".join(f"{{% if {kind} %}}{mark}{{{{ {kind} }}}}\n{{% endif %}}" for kind, mark in zip(KINDS, "=>!+?~", strict=True))
 COMPACT += "{{ prompt }}"
 LAYOUTS = {"words": WORDS, "compact": COMPACT}
+
+# What the first teacher reads before it writes: with the layout compact, and with every other.
+WRITING = {
+    "critique": """{{ prompt }}
+
+This answer was given:
+{{ attempt }}
+{% if solution %}
+
+This solution is known to be right:
+{{ solution }}
+{% endif %}
+
+Say what is wrong with the answer, and how to mend it.
+""",
+    "analysis": """{{ prompt }}
+
+This solution is known to be right:
+{{ solution }}
+
+Explain, step by step, why it is right.
+""",
+}
+WRITING_COMPACT = {
+    "critique": "{% if solution %}={{ solution }}\n{% endif %}{{ prompt }}{{ attempt }}?",
+    "analysis": "={{ solution }}\n{{ prompt }}~",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +115,7 @@ class Sections:
     feedback: str | None = None
     sibling: str | None = None
     critique: str | None = None
+    analysis: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +123,7 @@ class Fitted:
     """A teacher prompt that fits, or the reason why there is none."""
 
     text: str | None
-    shortened: bool = False  # feedback or critique lost their end
+    shortened: bool = False  # feedback, critique or analysis lost their end
     dropped: str = ""  # where text is None: NO_SECTION or TOO_LONG
 
 
@@ -98,6 +133,11 @@ def kinds_of(reads: str) -> tuple[str, ...]:
     for kind in kinds:
         check_choice(f"{_FIELD}.reads", kind, KINDS)
     return kinds
+
+
+def written(reads: str) -> tuple[str, ...]:
+    """Those of them that the first teacher writes."""
+    return tuple(kind for kind in WRITTEN if kind in kinds_of(reads))
 
 
 def gather(
@@ -110,6 +150,7 @@ def gather(
     feedback_with_solution: bool,
     strip_thinking: bool,
     critique: str | None = None,
+    analysis: str | None = None,
 ) -> Sections:
     """The sections of rollout `own_index` (from 0) of a group, as far as `kinds` names them; a text of white space is none.
 
@@ -128,6 +169,8 @@ def gather(
         found["feedback"] = _text(attempts_of_the_group[own_index].feedback)
     if "critique" in kinds:
         found["critique"] = _text(critique)
+    if "analysis" in kinds:
+        found["analysis"] = _text(analysis)
     return Sections(**found)
 
 
@@ -202,6 +245,18 @@ def _compiled(layout: str):
     return environment.from_string(layout)
 
 
+def writing_prompt(kind: str, layout: str, prompt: str, *, attempt: str | None, solution: str | None) -> str | None:
+    """What the first teacher reads before it writes a critique of `attempt` or an analysis of `solution`; None without what it is of.
+
+    `layout` is a name of context.privileged.layout. Sources: critiques as in G-OPD's code (Yang et al. 2026), an analysis before scoring as
+    in that of OPSD (Zhao et al. 2026, reason_first).
+    """
+    if not _text(attempt if kind == "critique" else solution):
+        return None
+    template = (WRITING_COMPACT if layout == "compact" else WRITING)[kind]
+    return _compiled(template).render(prompt=prompt, attempt=attempt, solution=_text(solution))
+
+
 def check_layout(layout: str, kinds: Sequence[str], *, name: str) -> None:
     """Refuses a layout that changes or leaves out the prompt or a section, whichever of `kinds` there are. Raises ConfigError."""
     where = f"config field {_FIELD}.layout = {name!r}"
@@ -220,7 +275,7 @@ def check_layout(layout: str, kinds: Sequence[str], *, name: str) -> None:
 def fit(layout: str, prompt: str, sections: Sections, *, length_of: Callable[[str], int], room: int) -> Fitted:
     """The teacher's prompt in at most `room` tokens; `length_of` counts those of a rendered prompt as the teacher reads it.
 
-    Feedback and critique lose their end where they must (both are cut to one number of characters, found by bisection); question,
+    Feedback, critique and analysis lose their end where they must (all are cut to one number of characters, found by bisection); question,
     solution, demonstration and sibling are whole, or there is no prompt.
     """
     whole = render(layout, prompt, sections)
@@ -231,7 +286,7 @@ def fit(layout: str, prompt: str, sections: Sections, *, length_of: Callable[[st
     fits = render(layout, prompt, _cut(sections, 0))
     if fits is not None and length_of(fits) > room:
         return Fitted(None, dropped=TOO_LONG)
-    low, high = 0, max(len(sections.feedback or ""), len(sections.critique or ""))  # characters: `low` fit, `high` do not
+    low, high = 0, max(len(getattr(sections, kind) or "") for kind in _CUTTABLE)  # characters: `low` fit, `high` do not
     while high - low > 1:
         middle = (low + high) // 2
         tried = render(layout, prompt, _cut(sections, middle))
@@ -243,7 +298,7 @@ def fit(layout: str, prompt: str, sections: Sections, *, length_of: Callable[[st
 
 
 def _cut(sections: Sections, characters: int) -> Sections:
-    return dataclasses.replace(sections, feedback=_head(sections.feedback, characters), critique=_head(sections.critique, characters))
+    return dataclasses.replace(sections, **{kind: _head(getattr(sections, kind), characters) for kind in _CUTTABLE})
 
 
 def _head(text: str | None, characters: int) -> str | None:
@@ -260,12 +315,10 @@ def check(config: config_lib.Config, task: Task) -> None:
     reads = f"config field {_FIELD}.reads = {settings.reads!r}"
     if "sibling" in kinds and config.rollout.group_size < 2:
         raise ConfigError(f"{reads}: a sibling needs rollout.group_size of at least 2, it is {config.rollout.group_size}; raise it")
-    if "critique" in kinds:
-        raise ConfigError(f"{reads}: no source of a run writes critiques; leave it out (gather() takes one from a script)")
     for kind in _JUDGED:
         if kind in kinds and not (task.verifiable or config.reward.judge):
             raise ConfigError(f"{reads}: {kind} needs rewards, but task.name = {config.task.name!r} has no verifier; choose another task")
-    gold = [kind for kind in _GOLD if kind in kinds]
+    gold = [kind for kind in (*_GOLD, "analysis") if kind in kinds]
     if gold and all(example.solution is None for example in itertools.islice(task.examples("train"), _LOOKED_AT)):
         raise ConfigError(f"{reads}: no training example of task.name = {config.task.name!r} has a solution to read as {gold[0]}; add them")
     if kinds:

@@ -153,7 +153,14 @@ def _contexts() -> dict[str, Description]:
             "fraction",
         ),
         "context/shortened": Description(
-            "share of completions whose feedback or critique lost its end, to fit the teacher's context", "(1/B) sum_b 1[cut]", "fraction"
+            "share of completions whose feedback, critique or analysis lost its end, to fit the teacher's context",
+            "(1/B) sum_b 1[cut]",
+            "fraction",
+        ),
+        "context/written_length": Description(
+            "mean length of the critiques and analyses that the first teacher wrote before this update, stop tokens included",
+            "their tokens / their number",
+            "tokens",
         ),
         "context/too_long": Description(
             "share of completions left out because what the teacher should read does not fit", "(1/B) sum_b 1[too long]", "fraction"
@@ -194,12 +201,14 @@ def _costs() -> dict[str, Description]:
             "completion, x and x' of its prompt as student and teacher read it; N, N_g, N_q and N_r parameters of the student, of the "
             "model that samples (0: a data set; a teacher reads x'; dagger, corrected: a term for each of the two), of all teachers that "
             "score (a route leaves none out, a trust region reads twice) and of the reference where the loss refers to it; with an adapter "
-            "4 N + 2 N_adapter for 6 N",
+            "4 N + 2 N_adapter for 6 N; and 2 N of the first teacher for each token of texts that it writes, and of their prompts",
             "FLOPs",
             "Kaplan et al. 2020, Scaling Laws for Neural Language Models, 2.1; here the output projection counts",
         ),
         "cost/generated_tokens_total": Description(
-            "completion tokens that were sampled since the run began, 0 where a data set has them", "sum of M over steps 1 ... n", "tokens"
+            "tokens that were sampled since the run began: completions (none where a data set has them), and what a teacher wrote",
+            "sum over steps 1 ... n",
+            "tokens",
         ),
         "cost/scored_tokens_total": Description(
             "completion tokens that teachers and reference have scored since the run began",
