@@ -109,7 +109,7 @@ OWN_DRAWS = {"diag/ess_token", "diag/ess_sequence"}
 PARTS = {f"train/loss_{name}" for name in ("distillation", "extra", "reward", "labels", "reference", "entropy")}
 EVERY_PART = {"reward.weight": 0.5, "rollout.group_size": 2, "loss.labels": 0.1, "regulariser.kl": 0.1, "regulariser.entropy": 0.01}
 EVERY_PART |= {"extra_signal.weight": 0.1}
-READ = {"context.privileged.reads": "feedback,solution", "context.privileged.layout": "compact"}
+READ = {"context.privileged.reads": "feedback,solution,analysis", "context.privileged.layout": "compact"}
 # case -> (fields, names that are there, names that are not)
 CASES = {
     "student": (
@@ -137,7 +137,11 @@ CASES = {
         {"eval/accuracy", "diag/terminal_loops"},
         WITH_TEACHER | COMPARED | LOOKED_AT | OWN_DRAWS,
     ),
-    "parts": (EVERY_PART | READ | {"rollout.batch_size": 16}, PARTS | COMPARED | {"context/present", "reward/equal_groups"}, set()),
+    "parts": (
+        EVERY_PART | READ | {"rollout.batch_size": 16},
+        PARTS | COMPARED | {"context/present", "context/written_length", "reward/equal_groups"},
+        set(),
+    ),
     "members": (
         {"teacher.path": "", "teacher.combine": "geometric", "extrapolation.adaptive": True},
         COMPARED | {"teacher/disagreement", "extrapolation/scale", "extrapolation/gain"},
