@@ -23,7 +23,7 @@ from opd_jax.sweeps.status import write, write_json
 from opd_jax.sweeps.table import Result, interval
 
 FILE = "configs/sweeps/methods.py"
-TARGET = 0.8  # sampled accuracy that `attempts` is counted to
+TARGET = 0.5  # sampled accuracy that `attempts` is counted to
 QUICK_ROWS = 3  # of each section
 Records = Sequence[Mapping[str, Any]]
 

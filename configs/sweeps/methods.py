@@ -16,6 +16,7 @@ from opd_jax import config, sweeps
 # Settings: the config file that a row starts from, before its method's axes.
 QUICK, SELF, EXPERTS = "configs/quickstart.py", "configs/base.py", "configs/experts.py"
 HOMES = {"opsd": SELF, "sdft": SELF, "sdpo": SELF, "mopd": EXPERTS, "pooled": EXPERTS}  # settings of methods' own files; others: QUICK
+LONG = {"steps": 200, "eval__every": 20}  # of section=sdpo, where few of the first rollouts teach anything
 SKILLS = ("sort", "add", "chain")  # of section=sequence, in the order in which they are learnt
 # Updates that cost as much as 100 of on-policy distillation, by the accounting of opd_jax/cost.py: per token of a completion it samples and
 # trains a student of N weights (2 N + 6 N) and reads a teacher of 3.7 N (2 * 3.7 N); SFT trains alone, SeqKD samples the teacher.
@@ -71,10 +72,10 @@ SECTIONS = {
     "sdpo": (
         SELF,
         {
-            "sdpo": method("sdpo", "head_start", eval__every=10),
-            "sdpo_rich_trust_region": method("sdpo", "head_start,rich,trust_region", eval__every=10),
-            "sdpo+grpo": method("sdpo", "head_start,hybrid=0.5", eval__every=10),
-            "grpo": method("grpo", "head_start,dr_grpo", eval__every=10),
+            "sdpo": method("sdpo", "head_start", **LONG),
+            "sdpo_siblings": method("sdpo", "head_start", context__privileged__reads="sibling", **LONG),
+            "sdpo+grpo": method("sdpo", "head_start,hybrid=0.5", **LONG),
+            "grpo": method("grpo", "head_start,dr_grpo", **LONG),
         },
     ),
     "sequence": (SELF, {"sdft": method("sdft"), "sdft_reverse_kl": method("sdft", "reverse_kl"), "sft": method("sft")}),
