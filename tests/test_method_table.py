@@ -106,7 +106,8 @@ def test_rows_with_flops_cost_as_much_as_the_first():
         sizes[role] = cost.active_parameters(model_config_lib.from_hf(shape, where="test"))
 
     def per_update(writer, scored):
-        account = cost.account(writer, sizes["student"], sizes["student"], sizes["teacher"], scored=scored)
+        scorers = (sizes["teacher"],) if scored else ()
+        account = cost.account(writer, sizes["student"], sizes["student"], sizes["teacher"], scorers=scorers)
         return account.work(prompt=13, teacher_prompt=13, completion=13).flops
 
     whole = 100 * per_update("student", True)
