@@ -13,7 +13,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from opd_jax import cli, config, job, metrics, model_io, parallel, train
+from opd_jax import assembly, cli, config, metrics, model_io, parallel, recipes, train
 from opd_jax.data import tasks
 from opd_jax.pair import open_pair
 from opd_jax.types import UserError
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     if WORKDIR.value:
         if not model_io.is_run_directory(WORKDIR.value):
             raise UserError(f"--workdir={WORKDIR.value}: is not a run directory (model/config.json is missing); give one of a training run")
-        parsed = job.of_run(parsed, WORKDIR.value)
+        parsed = recipes.of_run(parsed, WORKDIR.value)
     if OUT.value and not pathlib.Path(OUT.value).resolve().parent.is_dir():
         raise UserError(f"--out={OUT.value}: its folder does not exist; create it, or give another file")
     if OUT.value and pathlib.Path(OUT.value).is_dir():
@@ -41,10 +41,10 @@ def main(argv: list[str]) -> None:
         progress.phase("no teacher is configured: the KL is left out; --config.teacher.path=DIR adds it")
     task = tasks.from_config(parsed)
     mesh = parallel.make_mesh(parsed.mesh.data, parsed.mesh.fsdp, parsed.mesh.tensor)
-    parsed = job.run_recipes(parsed, functools.partial(train.make_model, progress=progress))
+    parsed = recipes.run_recipes(parsed, functools.partial(train.make_model, progress=progress))
     progress.phase("loading student and teacher")
     pair = open_pair(parsed, None, mesh)
-    evaluator = job.make_evaluator(parsed, mesh, task, pair)
+    evaluator = assembly.make_evaluator(parsed, mesh, task, pair)
     if evaluator is None:
         raise UserError("the task holds no prompts out to evaluate on; raise task.eval_size, or give more data")
     progress.phase(f"evaluating on {len(evaluator.examples)} prompts")

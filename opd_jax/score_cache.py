@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import jax
 
+from opd_jax import assembly, labels, parallel, recipes, replay, store
 from opd_jax import config as config_lib
-from opd_jax import job, labels, parallel, replay, store
 from opd_jax import objective as objective_lib
 from opd_jax.cli import Interrupted, StopRequest
 from opd_jax.config import Config, ConfigError
@@ -35,16 +35,16 @@ def write(
     form = _form(config)
     mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     task = tasks.from_config(config)
-    config = job.run_recipes(config, make_model)
+    config = recipes.run_recipes(config, make_model)
     progress.phase("loading student and teacher")
     pair = open_pair(config, None, mesh)
-    pipeline = job.make_pipeline(config, pair, task.examples("train"))
+    pipeline = assembly.make_pipeline(config, pair, task.examples("train"))
     found = store.begin(folder, replay.describe(config, form, pair, hashes=_hashes(config, pair), batches=config.steps))
     params = pair.teacher.params if pair.teacher else None
     progress.begin(config.steps, done=found.batches)
     try:
         with jax.set_mesh(mesh):
-            source = job.make_source(config, pair.student, pair.teacher, task, mesh)
+            source = assembly.make_source(config, pair.student, pair.teacher, task, mesh)
             scorer = labels.make_scorer(form, pair.teacher and pair.teacher.config)
             for step in range(found.batches, config.steps):
                 if stop:

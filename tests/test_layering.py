@@ -46,7 +46,8 @@ evaluate
 context_gap
 machine
 samples
-workdir
+recipes workdir
+assembly
 job
 recorder
 score_cache

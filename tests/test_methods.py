@@ -125,6 +125,13 @@ def test_experts_extrapolated_beside_the_student_as_it_was(tmp_path, monkeypatch
     assert found["teacher/disagreement"] > 1e-4  # the other member is another model
 
 
+def test_the_teachers_of_self_distillation_are_arguments():
+    for update in ("frozen", "ema", "live", "trust_region"):
+        assert parsed(ROOT / "configs" / "methods" / "opsd.py", update).teacher.update == update
+    config = parsed(ROOT / "configs" / "methods" / "opsd.py", "reason_first,ema,rate=0.5")
+    assert (config.context.privileged.reads, config.teacher.rate) == ("solution,analysis", 0.5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
 def test_a_method_runs_in_its_tiny_form(path, tmp_path, monkeypatch, tmp_path_factory):

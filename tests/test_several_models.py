@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from opd_jax import config as config_lib
-from opd_jax import evaluate, job, pair, parallel, recorder
+from opd_jax import evaluate, pair, parallel, recipes, recorder
 from opd_jax.data import pipeline
 from opd_jax.data import tokenizer as tokenizer_lib
 from opd_jax.data.tasks import Example
@@ -164,15 +164,15 @@ def test_of_a_mixture_the_divergence_is_that_to_the_mixture(evaluator):
 def test_the_student_of_a_run_is_not_compared_with_itself():
     c = config_lib.default()
     c.student.recipe, c.teacher.path, c.teacher.update = "configs/base.py", "student_init", "ema"
-    found = job.of_run(config_lib.parse(c), "runs/x")
+    found = recipes.of_run(config_lib.parse(c), "runs/x")
     assert (found.student.path, found.teacher.path, found.teacher.recipe) == ("runs/x", "", "configs/base.py")
     c.teacher.path, c.teacher.update, c.student.path = "", "frozen", "runs/first"
     c.teacher.members.update(own=config_lib.member(path="student_init", tag="t"), other=config_lib.member(path="runs/y"))
-    members = job.of_run(config_lib.parse(c), "runs/x").teacher.members
+    members = recipes.of_run(config_lib.parse(c), "runs/x").teacher.members
     assert (members["own"].path, members["own"].tag, members["other"].path) == ("runs/first", "t", "runs/y")
     c.student.path = c.student.recipe = ""
     with pytest.raises(UserError, match="began with random weights, which are not kept"):
-        job.of_run(config_lib.parse(c), "runs/x")
+        recipes.of_run(config_lib.parse(c), "runs/x")
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from opd_jax import job, model_io, parallel
+from opd_jax import model_io, parallel, recipes
 from opd_jax.analysis import enumeration, gradient_study, shadow, study_conditions, study_enumerated, study_report, study_tables
 from opd_jax.config import Config, ConfigError
 from opd_jax.data import tasks
@@ -35,7 +35,7 @@ def run(config: Config, workdir: str | os.PathLike, *, make_model: Callable[[str
     study_report.check_folder(workdir, config)
     longest = max(setting.T for setting in settings)
     config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, max_new_tokens=longest))
-    config = job.run_recipes(config, make_model)
+    config = recipes.run_recipes(config, make_model)
     progress.phase("loading student and teacher")
     pair = open_pair(config, None, mesh)
     prompts = rollouts // min(setting.group_size for setting in settings)
