@@ -10,7 +10,7 @@ from opd_jax.types import UserError
 
 
 def _needs_beginning(config: Config) -> bool:
-    """Whether a resumed run needs the student's weights as they were: the base of an adapter, or a teacher or reference that it began as."""
+    """Whether a resumed run needs the student as it was: the base of an adapter, or a teacher or reference that it began as."""
     paths = [member.path for member in teachers.asked(config).values()]
     looked_at = (*paths, *([config.reference.path] if config_lib.needs_reference(config) else []))
     return bool(config.student.lora.rank) or teachers.STUDENT_INIT in looked_at
