@@ -7,7 +7,7 @@ experts are recipes, made on first use and kept under `cache_dir`: configs/exper
 add). The base is trained on all skills and stopped early; an expert goes on from it, by SFT on its own skill alone. Prompts are fresh.
 
 Seed 0, 256 held-out prompts, greedy accuracy: base 0.43 (reverse 0.18, sort 0.67), experts on their skills 1.00 and 0.98, the student after
-100 updates 0.76 (0.63, 0.89). Base and experts take about 40 s each where two cores are shared with others, less on idle ones.
+100 updates 0.76 (0.63, 0.89). Base and experts took 44 to 57 s each on two cores that had much other work.
 
 Arguments: skills=reverse+sort (of the student), level=N characters, prompts=N (0: unlimited fresh ones), seed=N (of prompts and draws;
 models are the same for all seeds), tiny (a run of seconds, for tests).

@@ -159,7 +159,6 @@ def _checked(config: Config, workdir: str | os.PathLike, own_task: tasks.Task | 
     if not os.fspath(workdir):
         raise UserError("--workdir='' is no folder; give the folder of the run")
     objective = objective_lib.from_config(config, has_teacher=config_lib.has_teacher(config))
-    workdir_lib.check(pathlib.Path(workdir), config)
     trackers.check(config.log)
     mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     task = tasks.from_config(config, own_task)
@@ -173,6 +172,7 @@ def _checked(config: Config, workdir: str | os.PathLike, own_task: tasks.Task | 
     first = list(itertools.islice(task.examples("train"), LOOKED_AT))  # batches check the others
     routing.check_names(config, first)
     routing.check(config, first)
+    workdir_lib.check(pathlib.Path(workdir), config)  # last: it makes the folder
     return objective, mesh, task
 
 

@@ -106,9 +106,9 @@ ENDS = {"eval/reverse_kl_low", "eval/forward_kl_high"}
 WATCHED = {"log.diagnostics": True}
 LOOKED_AT = {"diag/log_ratio_p50", "diag/topk_overlap", "diag/teacher_entropy"}
 OWN_DRAWS = {"diag/ess_token", "diag/ess_sequence"}
-PARTS = {f"train/loss_{name}" for name in ("distillation", "extra", "reward", "labels", "reference", "entropy")}
+PARTS = {f"train/loss_{name}" for name in ("distillation", "extra", "reward", "labels", "reference", "entropy", "preference")}
 EVERY_PART = {"reward.weight": 0.5, "rollout.group_size": 2, "loss.labels": 0.1, "regulariser.kl": 0.1, "regulariser.entropy": 0.01}
-EVERY_PART |= {"extra_signal.weight": 0.1}
+EVERY_PART |= {"extra_signal.weight": 0.1, "preference.weight": 0.1, "preference.judge": "reward"}
 READ = {"context.privileged.reads": "feedback,solution,analysis", "context.privileged.layout": "compact"}
 # case -> (fields, names that are there, names that are not)
 CASES = {
@@ -118,8 +118,8 @@ CASES = {
         RECOVERY | DOMAINS | PARTS | {"context/present"},
     ),
     "tagged": (
-        {"rollout.source": "teacher", "eval.inject_error": True},
-        RECOVERY | DOMAINS | VERIFIED,
+        {"rollout.source": "teacher", "eval.inject_error": True, "loss.balance": "tag"},
+        RECOVERY | DOMAINS | VERIFIED | {"train/token_share/TAG"},
         set(),
     ),
     "teacher": (
@@ -139,13 +139,23 @@ CASES = {
     ),
     "parts": (
         EVERY_PART | READ | {"rollout.batch_size": 16},
-        PARTS | COMPARED | {"context/present", "context/written_length", "reward/equal_groups"},
+        PARTS | COMPARED | {"context/present", "context/written_length", "context/gold_gain/TAG", "reward/equal_groups"},
         set(),
     ),
     "members": (
         {"teacher.path": "", "teacher.combine": "geometric", "extrapolation.adaptive": True},
         COMPARED | {"teacher/disagreement", "extrapolation/scale", "extrapolation/gain"},
         PARTS,
+    ),
+    "turns": (
+        {"task.name": "calculator", "task.path": "", "task.level": 2, "rollout.max_new_tokens": 16, "rollout.max_turns": 2},
+        COMPARED | {"rollout/turns", "rollout/call_errors", "eval/turns", "eval/call_errors"},
+        DOMAINS,
+    ),
+    "replay": (
+        {"rollout.source": "dagger", "rollout.aggregate": True, "signal.divergence": "top1_cross_entropy", "signal.support": "full"},
+        {"replay/age"},
+        COMPARED,
     ),
     "unconditional": (
         {"task.name": "unconditional", "eval.prompts": 1},
@@ -180,7 +190,7 @@ def test_the_glossary_is_what_runs_emit(trained, tmp_path):
         assert names <= set(GLOSSARY), case
         assert there <= names and not absent & names, case
         emitted |= names
-    assert emitted == set(GLOSSARY)
+    assert not emitted ^ set(GLOSSARY)
 
 
 def log_softmax(logits):

@@ -279,8 +279,8 @@ def rloo(seen, size=8):
 
 
 @oracle("routed")
-def by_domain(seen, taught="reverse", tag=False):
-    """A term for each domain, of its own tokens alone; where each has one term, balance has nothing to do."""
+def by_domain(seen, taught="reverse"):
+    """A term for each domain, of its own tokens alone."""
     own = torch.tensor([tag == taught for tag in seen.tag]).double()[:, None]
     (teacher,) = seen.teacher.values()
     policy = reinforce(seen, rloo(seen, 4), lambda x, mask: token_mean(x, mask * (1 - own)))

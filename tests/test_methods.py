@@ -28,7 +28,7 @@ VARIANTS = {
     "dagger": ("soft", "soft,k=4,p=0.5"),
     "lightning": ("store", "k=8", "cumulative"),
     "lsm": ("keep", "k=4"),
-    "routed": ("taught=sort,tag",),
+    "routed": ("taught=sort",),
     "dpo": ("teacher_mean", "reward"),
     "rl_opd": ("convex", "route", "kdrl,share=0.1"),
 }
@@ -86,7 +86,6 @@ def test_arguments_are_split_between_a_file_and_the_one_that_it_builds_on():
         ("dpo", "reward", "the DPO loss, against the reference, of each prompt's best and worst completion (preference.judge=reward)"),
         ("routed", "", "masking.tags=reverse leaves tokens out, which is another objective"),
         ("routed", "", "rollouts of some prompts alone have the term (reward.tags=sort)"),
-        ("routed", "tag", "rollouts weigh by what others of their tag are (loss.balance=tag)"),
         ("rl_opd", "route", "solved rollouts alone have the term (reward.only=solved)"),
         ("rl_opd", "convex,share=0.25", "; beside it reward.weight=0.25 of: Unbiased for minus the gradient of the expected reward"),
         ("corrected", "", "the student's up to a cut at a random place, then the teacher's (rollout.source=corrected, cut=random)"),
@@ -103,6 +102,14 @@ def test_arguments_are_split_between_a_file_and_the_one_that_it_builds_on():
 )
 def test_what_spoils_a_claim_is_said(name, arg, words):
     assert words in claim_of(ROOT / "configs" / "methods" / f"{name}.py", arg)
+
+
+def test_a_balance_of_domains_is_said():
+    c = load_config(str(ROOT / "configs" / "methods" / "mopd.py"))
+    c.loss.balance = "tag"
+    config = config_lib.parse(c)
+    said = claim.of_run(objective.from_config(config, has_teacher=True), config)
+    assert "rollouts weigh by what others of their tag are (loss.balance=tag)" in said
 
 
 def test_the_soft_term_of_hinton_keeps_its_gradient():

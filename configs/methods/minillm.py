@@ -3,7 +3,8 @@
     python experiments/train.py --config=configs/methods/minillm.py --workdir=runs/minillm
 
 Axes: rollout.source=dagger with a constant share of the teacher (rollout.beta=0.2); the exact term of each token and the rest of the return
-as the advantage of the sampled one (signal.support=full, estimator.credit=to_go); token ratios to the law that wrote. The paper's length
+as the advantage of the sampled one (signal.support=full, estimator.credit=to_go); token ratios to the law that wrote. Later terms are
+the student's exact KLs, where the paper has log-ratios of tokens that the mixture drew, whose mean is another. The paper's length
 normalisation of the return and its language-modelling loss on other text are not here.
 
 On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too. NOT MEASURED.
