@@ -84,7 +84,7 @@ def make_recall(config: Config, objective: Objective, pair: Pair, pipeline: Pipe
 def open_cache(config: Config, objective: Objective, pair: Pair, identity: dict[str, str]) -> Store | None:
     """The store of a config, whole and verified; its digest becomes part of the run's `identity`. None: the config has another source.
 
-    Raises UserError for a store of another tokenizer, template, task, law, form or teacher than the config's.
+    Raises UserError for a store of another tokenizer, template (of student or teacher), task, law, form or teacher than the config's.
     """
     if config.rollout.source != "cache":
         return None
@@ -107,6 +107,11 @@ def _check_settings(config: Config, known: Description) -> None:
     for name, (value, stored) in asked.items():
         if value != stored:
             raise ConfigError(f"config field {name} = {value!r} must be {stored!r}, as in what wrote rollout.cache = {settings.cache!r}")
+    if config.preference.weight and known.writer == "dataset":
+        raise ConfigError(
+            f"config field preference.weight = {config.preference.weight:g} compares completions of a prompt, and rollout.cache = "
+            f"{settings.cache!r} has one of each, a data set's; use 0, or a store that a model wrote"
+        )
     asked_for = config.estimator.importance
     if asked_for != "none" and known.writer == "dataset":
         raise ConfigError(
@@ -121,6 +126,8 @@ def _check_contents(config: Config, form: labels.Form, pair: Pair, found: Store)
         raise ConfigError(f"{where}: its ids are those of another tokenizer than student.path has; give a store of this one")
     if pair.student_prompts.reader.digest != known.student_reads:
         raise ConfigError(f"{where}: its prompts were read with another context.student; give that, or write another store")
+    if pair.members and (pair.teacher_prompts or pair.student_prompts).reader.digest != known.teacher_reads:
+        raise ConfigError(f"{where}: its teacher read prompts with another context.teacher; give that, or write another store")
     if form.scores not in ("none", known.scores) or form.k > known.k:
         needed = f"the top {form.k}" if form.k else "log-probs of the sampled tokens"
         has = {"none": "no scores", "tokens": "log-probs of the sampled tokens"}.get(known.scores, f"the top {known.k}")

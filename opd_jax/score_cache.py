@@ -35,6 +35,7 @@ def write(
     form = _form(config)
     mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     task = tasks.from_config(config)
+    tasks.check_turns(config, task)
     config = recipes.run_recipes(config, make_model)
     progress.phase("loading student and teacher")
     pair = open_pair(config, None, mesh)

@@ -113,6 +113,7 @@ def test_what_does_not_fit_is_refused(changes, words):
         ({"rollout__source": "mix"}, "rollout.source = 'mix' writes no store; valid: rollout.source = student, teacher, dagger, dataset"),
         ({"rollout__aggregate": True}, "rollout.aggregate = True writes no store"),
         ({"steps": 0}, "steps = 0 must be at least 1, the batches of a store"),
+        ({"rollout__max_turns": 2}, "rollout.max_turns = 2 is for tasks with an environment, and task.name = 'arithmetic' has none"),
     ],
 )
 def test_what_gives_no_store_is_refused_before_any_work(changes, words, tmp_path):
@@ -186,6 +187,10 @@ REFUSED = {
     "another task": (lambda _: {"task__name": "countdown"}, "task.name = 'countdown' must be 'arithmetic'"),
     "another form": (lambda _: TOPK, "holds log-probs of the sampled tokens, the signal needs the top 5; write a store"),
     "another template": (lambda _: {"context__student__template": "TEMPLATE"}, "its prompts were read with another context.student"),
+    "another template of the teacher": (
+        lambda teacher: {"context__teacher__template": "TEMPLATE", "teacher__path": str(teacher)},
+        "its teacher read prompts with another context.teacher",
+    ),
 }
 
 
@@ -196,10 +201,9 @@ def test_a_store_of_something_else_is_refused(name, stores, tmp_path, teacher):
     other = tmp_path / "other"
     if name == "another teacher":
         list(train.run(run_config("", seed=8, rollout__source="dataset", signal__divergence="nll", steps=1), other))
-    changes = changes(other)
-    if "TEMPLATE" in changes.values():
-        (tmp_path / "chat.jinja").write_text("{{ messages[0].content }}!")
-        changes = {"context__student__template": str(tmp_path / "chat.jinja")}
+    changes = changes(other if name == "another teacher" else teacher)
+    (tmp_path / "chat.jinja").write_text("{{ messages[0].content }}!")
+    changes = {field: str(tmp_path / "chat.jinja") if value == "TEMPLATE" else value for field, value in changes.items()}
     c = cached(stores / "tokens", **(SAMPLED | changes))
     with pytest.raises(UserError, match=re.escape(words)):
         next(train.run(c, tmp_path / "run"))
@@ -213,6 +217,9 @@ def test_a_data_sets_completions_have_no_law_to_correct_for(tmp_path):
         next(train.run(c, tmp_path / "run"))
     with pytest.raises(ConfigError, match="holds no scores, the signal needs log-probs of the sampled tokens"):
         next(train.run(cached(tmp_path / "store", **SAMPLED), tmp_path / "run"))
+    compared = {"signal__divergence": "nll", "preference__weight": 1.0, "preference__judge": "reward"}
+    with pytest.raises(ConfigError, match="preference.weight = 1 compares completions of a prompt, and rollout.cache = .* has one of each"):
+        next(train.run(cached(tmp_path / "store", **compared), tmp_path / "run"))
 
 
 @pytest.mark.slow
