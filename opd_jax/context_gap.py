@@ -2,13 +2,13 @@
 
 Self-distillation moves the student towards what the same model says after reading more. Where reading changes nothing there is nothing to
 learn, and an update is noise. Each kind of context.privileged.reads is measured alone, on held-out examples: solution, demonstration and
-sibling are the example's solution, feedback is the verifier's on that solution with one character replaced.
+sibling are the example's solution, feedback is the verifier's (or judge's) on that solution with one character replaced.
 """
 
 import dataclasses
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -20,10 +20,21 @@ from opd_jax.data import pipeline, privileged, tasks
 from opd_jax.data.tasks import Example, Task
 from opd_jax.data.tasks.informed import KINDS, section
 from opd_jax.model_io import LoadedModel
+from opd_jax.rewards import OwnJudge
 from opd_jax.turns import Turns
 from opd_jax.types import Prompts
 
 log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Speaker:
+    """Whose feedback updates read, in a task's place: no error of a verifier ends a run."""
+
+    judge: Task | OwnJudge
+
+    def verify(self, example: Example, text: str) -> privileged.Attempt:
+        return rewards.judge(self.judge, [example], [text]).attempts[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +51,7 @@ class ContextGap:
     mesh: Mesh
     seed: int
     turns: Turns | None = None  # how completions are written where the task has an environment
+    judge: OwnJudge | None = None  # in place of the task's verifier: whose feedback is read
 
     def __call__(self) -> dict[str, float]:
         """The context/ metrics of record 0: gold_logp in nats per token, gains with 95% bootstrap intervals over examples.
@@ -68,7 +80,8 @@ class ContextGap:
     def _informed(self, example: Example, kind: str) -> str | None:
         rng = np.random.default_rng([self.seed, example.id, 0x6A9])
         length_of = lambda text: len(self.encoder.reader.encode_prompt(text))
-        layout, sections = privileged.layout_text(self.settings.layout), section(self.task, example, kind, rng)
+        speaker = _Speaker(self.judge or self.task)
+        layout, sections = privileged.layout_text(self.settings.layout), section(speaker, example, kind, rng)
         return privileged.fit(layout, example.prompt, sections, length_of=length_of, room=self.encoder.max_prompt_length).text
 
     def _batches(self, texts: Sequence[str], rows: Sequence[int]):
@@ -111,8 +124,13 @@ class ContextGap:
         return float(np.mean(rewards.judge(self.task, [self.examples[row] for row in rows], answers).reward_B >= 1))
 
 
-def make(config: config_lib.Config, teacher: LoadedModel | None, encoder, task: Task, mesh: Mesh) -> ContextGap | None:
-    """None where the teacher reads nothing beside the question, or no held-out example has a solution to measure it by."""
+def make(
+    config: config_lib.Config, teacher: LoadedModel | None, encoder, task: Task, mesh: Mesh, *, judge: Callable | None = None
+) -> ContextGap | None:
+    """None where the teacher reads nothing beside the question, or no held-out example has a solution to measure it by.
+
+    `judge`: a user's own, in place of the task's verifier.
+    """
     settings = config.context.privileged
     if teacher is None or not set(privileged.kinds_of(settings.reads)) & set(KINDS):
         return None
@@ -123,7 +141,8 @@ def make(config: config_lib.Config, teacher: LoadedModel | None, encoder, task: 
         return None
     sizes = {"batch_size": config.eval.batch_size, "max_new_tokens": config.rollout.max_new_tokens}
     turns = rollout.make_turns(config.rollout, tasks.environment_of(task), teacher.tokenizer, mesh)
-    return ContextGap(teacher, task, examples, settings, encoder, mesh=mesh, seed=config.seed, **sizes, turns=turns)
+    speaks = {"judge": OwnJudge(judge) if judge else None}
+    return ContextGap(teacher, task, examples, settings, encoder, mesh=mesh, seed=config.seed, **sizes, turns=turns, **speaks)
 
 
 def in_words(metrics: dict[str, float]) -> list[str]:

@@ -142,7 +142,7 @@ def setup(
         schedule=learner.make_schedule(parsed.learner, parsed.steps),
         update=assembly.make_update(parsed, objective, optimizer, student, bank, state),
         evaluate=evaluate,
-        context_gap=context_gap.make(parsed, teacher, pair.teacher_prompts, task, mesh),
+        context_gap=context_gap.make(parsed, teacher, pair.teacher_prompts, task, mesh, judge=own_judge),
         checkpoints=checkpoints,
         writer=_begin_writing(workdir, asked, student, base=parsed.student.path, done=step if resumed else -1, mesh=mesh),
         samples=assembly.make_sample_log(parsed, pair, mesh),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,11 @@ from opd_jax import context_gap, model_io, parallel, train
 from opd_jax.data import contexts, tasks
 from opd_jax.data import tokenizer as tokenizer_lib
 from opd_jax.data.pipeline import Encoder
+from opd_jax.data.tasks import Verdict
 from opd_jax.model_io import LoadedModel
 from opd_jax.models import config as model_config_lib
 from opd_jax.models import transformer
+from opd_jax.rewards import OwnJudge
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +77,24 @@ def test_a_model_without_use_for_its_context_is_warned_of(teacher, caplog):
         caplog.clear()
         context_gap.warn({"context/gold_gain/solution": 1.0, "context/gold_gain_low/solution": 0.5, "context/gold_gain_high/solution": 1.5})
         assert not caplog.text
+
+
+def test_feedback_is_that_of_whoever_judges_the_updates(teacher):
+    """Of a task without a verifier too, and whatever the judge stumbles over."""
+
+    def judge(example, text):
+        if example.id % 2:
+            raise KeyError(text)
+        return Verdict(0.0, f"{text} is wrong")
+
+    without = types.SimpleNamespace(verifiable=False, verify=None)
+    measured = dataclasses.replace(gap(teacher, reads="feedback"), judge=OwnJudge(judge), task=without)
+    texts = [measured._informed(example, "feedback") for example in measured.examples]
+    odd = [example.id % 2 == 1 for example in measured.examples]
+    assert [text is None for text in texts] == odd and {True, False} == set(odd)
+    assert all(" is wrong\n" in text for text in texts if text)
+    values = measured()
+    assert "context/gold_gain/feedback" in values and "context/accuracy" not in values
 
 
 def test_nothing_is_measured_where_nothing_is_read(teacher):
