@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from opd_jax import config as config_lib
-from opd_jax import difficulty, learner, replay, rewards, rollout, teachers, writing
+from opd_jax import difficulty, learner, replay, rewards, rollout, routing, teachers, writing
 from opd_jax.batches import BatchMaker
 from opd_jax.config import Config
 from opd_jax.data import privileged, tasks
@@ -115,9 +115,10 @@ def _several(config: Config, pair: Pair, examples: list[tasks.Example]) -> Sever
     params = {name: member.params for name, member in pair.members.items()}
     if config.teacher.combine != "route":
         return Several(bank, params)
-    teachers.check_tags(config, examples)
-    known = teachers.tags(config)
-    return Several(bank, params, np.array([known.index(example.tag) for example in examples]))
+    teachers.check_tags(config, [example for example in examples if routing.distilled(config, example)])
+    number = {tag: number for number, tag in enumerate(teachers.tags(config))}
+    has_P = np.array([example.tag in number for example in examples])
+    return Several(bank, params, np.array([number.get(example.tag, 0) for example in examples]), None if has_P.all() else has_P)
 
 
 def make_evaluator(config: Config, mesh: Mesh, task: tasks.Task, pair: Pair) -> Evaluator | None:

@@ -35,6 +35,7 @@ class Several:
     bank: Bank
     params: dict  # by name
     route_P: np.ndarray | None = None  # number of the teacher of each prompt; None: all of them, as a mixture
+    has_P: np.ndarray | None = None  # False on prompts that no teacher is for, of whose teacher nothing is said; None: on none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,14 +70,15 @@ class Evaluator:
         # what the student makes of prefixes that it would not have written.
         stats = self._score(params, rollouts, "reverse_kl")
         metrics["eval/entropy"] = float(stats["entropy"].sum() / stats["tokens"].sum())
-        if self.teacher is not None:
-            metrics |= ratio_with_interval("eval/reverse_kl", stats["local"], stats["tokens"])
+        at = self._compared
+        if self.teacher is not None and at.any():
+            metrics |= ratio_with_interval("eval/reverse_kl", stats["local"][at], stats["tokens"][at])
             rollouts = self._teacher_rollouts
             if self.task.verifiable:
-                metrics["eval/teacher_sampled_accuracy"] = float(self._rewards(rollouts).mean())
+                metrics["eval/teacher_sampled_accuracy"] = float(self._rewards(rollouts)[at].mean())
             for name, kind in (("eval/forward_kl", "forward_kl"), ("eval/reverse_kl_on_teacher", "reverse_kl")):
                 stats = self._score(params, rollouts, kind)
-                metrics |= ratio_with_interval(name, stats["local"], stats["tokens"])
+                metrics |= ratio_with_interval(name, stats["local"][at], stats["tokens"][at])
         return metrics | (self._recovery(params) if self.inject_error else {})
 
     def _read_samples(self, rollouts) -> dict[str, float]:
@@ -96,6 +98,12 @@ class Evaluator:
             votes_PK = scores.ballots(answers_PK, rewards_PK)
             metrics["eval/maj_at_k"] = float(scores.maj_rates(votes_PK, self.samples).mean())
         return metrics
+
+    @property
+    def _compared(self) -> np.ndarray:
+        """bool [P]: the prompts that have a teacher."""
+        has_P = None if self.several is None else self.several.has_P
+        return np.ones(len(self.examples), bool) if has_P is None else has_P
 
     def _by_domain(self, name: str, values_P: np.ndarray) -> dict[str, float]:
         """The mean over the prompts of each tag, where examples have tags."""

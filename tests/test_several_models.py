@@ -9,8 +9,8 @@ import models
 import numpy as np
 import pytest
 
+from opd_jax import assembly, evaluate, pair, parallel, recipes, recorder
 from opd_jax import config as config_lib
-from opd_jax import evaluate, pair, parallel, recipes, recorder
 from opd_jax.data import pipeline
 from opd_jax.data import tokenizer as tokenizer_lib
 from opd_jax.data.tasks import Example
@@ -159,6 +159,31 @@ def test_of_a_mixture_the_divergence_is_that_to_the_mixture(evaluator):
             found = mixed._score(mixed.student.params, rollouts, "reverse_kl")["local"]
             alone = single[0]._score(mixed.student.params, rollouts, "reverse_kl")["local"]
             assert np.allclose(found, alone, rtol=1e-5) == (weights == (1.0, 0.0))
+
+
+@pytest.mark.slow
+def test_prompts_that_no_teacher_is_for_are_not_compared(evaluator):
+    routed, single = evaluator
+    has_P = np.array([True, False, True])
+    some = dataclasses.replace(routed, several=dataclasses.replace(routed.several, route_P=np.array([0, 0, 0]), has_P=has_P))
+    with jax.set_mesh(routed.mesh):
+        found, stats = some(some.student.params), single[0]._score(some.student.params, some._teacher_rollouts, "forward_kl")
+        np.testing.assert_allclose(found["eval/forward_kl"], stats["local"][has_P].sum() / stats["tokens"][has_P].sum(), rtol=1e-5)
+        none = dataclasses.replace(routed, several=dataclasses.replace(some.several, has_P=np.zeros(3, bool)))(some.student.params)
+    assert not any("kl" in name or "teacher" in name for name in none) and none["eval/entropy"] == found["eval/entropy"]
+
+
+def test_an_evaluation_asks_teachers_for_distilled_prompts_alone():
+    c = config_lib.default()
+    c.teacher.members.update({tag: config_lib.member(path=tag) for tag in "ac"})
+    c.masking.tags, c.reward.tags, c.reward.weight, c.rollout.group_size = "a", "b", 1.0, 2
+    tiny = types.SimpleNamespace(config=models.tiny_config(), params={})
+    pair = types.SimpleNamespace(members={"a": tiny, "c": tiny})
+    several = assembly._several(config_lib.parse(c), pair, EXAMPLES)
+    assert several.has_P.tolist() == [True, False, True] and several.route_P.tolist() == [0, 0, 0]
+    c.masking.tags = "a,b"
+    with pytest.raises(UserError, match="no member has the tag 'b'"):
+        assembly._several(config_lib.parse(c), pair, EXAMPLES)
 
 
 def test_the_student_of_a_run_is_not_compared_with_itself():

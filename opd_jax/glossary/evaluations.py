@@ -52,7 +52,8 @@ def _of_divergence() -> dict[str, Description]:
     return {
         "eval/reverse_kl": Description(
             "reverse KL to the teacher on fresh samples of the student, exact over the vocabulary (of several teachers that of the "
-            "prompt's tag, or their mixture; a self-teacher as it was before training; all read the question alone, without extrapolation)",
+            "prompt's tag, or their mixture, without prompts that none of them is for; a self-teacher as it was before training; all read "
+            "the question alone, without extrapolation)",
             "sum_bt m_bt K_bt / M over the B = P k samples of the student",
             "nats/token",
         ),
