@@ -17,7 +17,7 @@ from opd_jax import config
 
 OLD, NEW = ("reverse", "shift"), ("sort", "add", "chain")
 READ = "solution,demonstration,sibling,feedback"
-WEAK = {"sort": 12, "add": 24, "chain": 12}  # updates of SFT after which a skill succeeds now and then
+WEAK = {"sort": 24, "add": 48, "chain": 24}  # updates of SFT after which a skill succeeds now and then
 
 
 def get_config(arg=None):

@@ -16,7 +16,8 @@ from opd_jax import config, sweeps
 # Settings: the config file that a row starts from, before its method's axes.
 QUICK, SELF, EXPERTS = "configs/quickstart.py", "configs/base.py", "configs/experts.py"
 HOMES = {"opsd": SELF, "sdft": SELF, "sdpo": SELF, "mopd": EXPERTS, "pooled": EXPERTS}  # settings of methods' own files; others: QUICK
-LONG = {"steps": 200, "eval__every": 20}  # of section=sdpo, where few of the first rollouts teach anything
+# Of section=sdpo, where few of the first rollouts teach anything and steps must be small.
+LONG = {"steps": 200, "eval__every": 20, "learner__learning_rate": 3e-4}
 SKILLS = ("sort", "add", "chain")  # of section=sequence, in the order in which they are learnt
 # Updates that cost as much as 100 of on-policy distillation, by the accounting of opd_jax/cost.py: per token of a completion it samples and
 # trains a student of N weights (2 N + 6 N) and reads a teacher of 3.7 N (2 * 3.7 N); SFT trains alone, SeqKD samples the teacher.
