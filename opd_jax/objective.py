@@ -195,7 +195,7 @@ def _estimator(config: Config) -> Estimator:
             f"config field estimator.importance = {asked.importance!r} needs draws, and rollout.temperature = 0 is greedy; use 'none', or "
             "a temperature above 0"
         )
-    choices = {name: getattr(asked, name) for name in ("exact_future", "baseline", "importance", "clip")}
+    choices = {name: getattr(asked, name) for name in ("exact_future", "length_normalised", "baseline", "importance", "clip")}
     return _from_numerics(lambda: estimators.build(signal, asked.credit, asked.gamma, **choices))
 
 

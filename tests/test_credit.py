@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from opd_jax.numerics import credit
 
 
-def loop(log_ratio_BT, mask_BT, kind, gamma, kl_BT=None):
+def loop(log_ratio_BT, mask_BT, kind, gamma, kl_BT=None, mean=False):
     """The definition, one token at a time, in float64."""
     result = np.zeros(mask_BT.shape)
     for b, t in np.argwhere(mask_BT):
@@ -19,11 +19,13 @@ def loop(log_ratio_BT, mask_BT, kind, gamma, kl_BT=None):
             continue
         result[b, t] = log_ratio_BT[b, t]
         factor = 0.0 if kind == "token" else (gamma if kind == "discounted" else 1.0)
-        discount = 1.0
+        discount, later, total = 1.0, 0.0, 0.0
         for u in range(t + 1, mask_BT.shape[1]):
             if mask_BT[b, u]:
                 discount *= factor
-                result[b, t] += discount * (log_ratio_BT[b, u] if kl_BT is None else -kl_BT[b, u])
+                later += discount * (log_ratio_BT[b, u] if kl_BT is None else -kl_BT[b, u])
+                total += discount
+        result[b, t] += later if not mean else later / total if total else 0.0
     return result
 
 
@@ -94,3 +96,19 @@ def test_masked_equals_subset():
 def test_refusals(arguments, words):
     with pytest.raises(ValueError, match=words):
         credit.advantages(jnp.zeros((1, 2)), jnp.ones((1, 2), bool), **arguments)
+
+
+@pytest.mark.parametrize("kind, gamma", [("to_go", 1.0), ("discounted", 0.3), ("discounted", 0.0)])
+def test_the_mean_of_what_comes_later_equals_the_loop(kind, gamma):
+    log_ratio_BT, mask_BT, kl_BT = case(3)
+    for kl, exact in ((None, None), (jnp.asarray(kl_BT), kl_BT)):
+        found = credit.advantages(
+            jnp.asarray(log_ratio_BT), jnp.asarray(mask_BT), credit=kind, gamma=gamma, exact_kl_BT=kl, mean_future=True
+        )
+        np.testing.assert_allclose(found, loop(log_ratio_BT, mask_BT, kind, gamma, exact, mean=True), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["token", "sequence"])
+def test_a_mean_of_no_future_is_refused(kind):
+    with pytest.raises(ValueError, match="mean_future is for credit 'to_go' or 'discounted', not"):
+        credit.advantages(jnp.zeros((1, 2)), jnp.ones((1, 2)), credit=kind, mean_future=True)

@@ -180,11 +180,21 @@ def importance_sampling_loss(seen, discount=0.0):
 
 
 @oracle("lsm")
-def local_support_matching(seen, k=16, keep=False):
-    """Eq. 6 to 8: logits gathered on the teacher's top k, softmax again."""
-    ids = seen.teacher["teacher"].topk(int(k), -1).indices
-    student, teacher = (torch.log_softmax(z.gather(-1, ids), -1) for z in (seen.student, seen.teacher["teacher"]))
-    return token_mean(reverse_kl(student, teacher), seen.mask if keep else seen.mask * (seen.tokens < SPECIAL))
+def local_support_matching(seen, k=16, keep=False, **variant):
+    """Eq. 6 to 8: logits gathered on a top k, softmax again; G.3: with the drawn token, or EMA-PG's head and tail on the whole laws."""
+    source = seen.student if variant.keys() & {"v2", "v4"} else seen.teacher["teacher"]
+    chosen = torch.zeros_like(source, dtype=torch.bool).scatter(-1, source.topk(int(k), -1).indices, True)
+    drawn = torch.nn.functional.one_hot(seen.tokens, source.shape[-1]).bool()
+    mask = seen.mask if keep else seen.mask * (seen.tokens < SPECIAL)
+    if variant.keys() & {"v4", "v5"}:
+        head = torch.where(chosen, seen.p.exp() * (seen.p - seen.q), 0).sum(-1)
+        tail = torch.where(drawn & ~chosen, (seen.p - seen.q).detach() * seen.p, 0).sum(-1)
+        return token_mean(head + tail, mask)
+    support = chosen | drawn if variant.keys() & {"v2", "v3"} else chosen
+    student, teacher = (
+        torch.log_softmax(z.masked_fill(~support, -torch.inf), -1).masked_fill(~support, 0) for z in (seen.student, seen.teacher["teacher"])
+    )
+    return token_mean(torch.where(support, student.exp() * (student - teacher), 0).sum(-1), mask)
 
 
 def reinforce(seen, advantage, reduce=token_mean):
@@ -230,11 +240,15 @@ def entropy_aware(seen, threshold=0.8):
 
 
 @oracle("minillm")
-def minillm(seen):
+def minillm(seen, normalised=False, discount=1.0):
     """w_t (grad KL_t + (sum of the later KL) grad log p), w_t = p / sampler: the paper's two terms, later log-ratios by their means."""
     kl = reverse_kl(seen.p, seen.q)
     known = (kl * seen.mask).detach()
-    later = known.flip(1).cumsum(1).flip(1) - known
+    length = known.shape[1]
+    power = torch.tensor([[discount ** (u - t) if u > t else 0.0 for t in range(length)] for u in range(length)]).double()
+    later, number = known @ power, seen.mask.double() @ power
+    if normalised:
+        later = later / number.clamp_min(1e-300)
     ratio = (seen.at(seen.p) - seen.behaviour).exp().detach()
     return token_mean(ratio * (kl + later * seen.at(seen.p)), seen.mask)
 
@@ -456,6 +470,8 @@ def test_every_method_has_an_oracle(path):
 
 # Beside the variants that run elsewhere: where a default is an end of its range a value between, and other losses of the paper.
 MORE = {
+    "lsm": ("v2,k=4", "v3,k=4,keep", "v4,k=4,keep", "v5,k=4,keep"),
+    "minillm": ("normalised", "discount=0.5", "discount=0.5,normalised"),
     "prefix_opd": ("first=3",),
     "g_opd": ("scale=1.0",),
     "supervised_kd": ("tau=3.0,hard=0.25",),

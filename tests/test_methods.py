@@ -27,7 +27,7 @@ VARIANTS = {
     "seq_kd": ("greedy", "stored,reject", "stored,greedy,word=0.5", "word=0.5,reject", "store,word=0.5"),
     "dagger": ("soft", "soft,k=4,p=0.5"),
     "lightning": ("store", "k=8", "cumulative"),
-    "lsm": ("keep", "k=4"),
+    "lsm": ("keep", "k=4", "v4"),
     "routed": ("taught=sort",),
     "dpo": ("teacher_mean", "reward"),
     "rl_opd": ("convex", "route", "kdrl,share=0.1"),
@@ -97,6 +97,7 @@ def test_arguments_are_split_between_a_file_and_the_one_that_it_builds_on():
             "completions and their prefixes are those of the store's law (rollout.source=cache), corrected by estimator.importance=none",
         ),
         ("dagger", "soft", "completions are drawn from all of the run so far (rollout.aggregate), corrected by estimator.importance=none"),
+        ("minillm", "normalised", "Biased for the sequence-level reverse KL: what comes later counts by its mean"),
         ("minillm", "", "drawn from the mixture with the teacher, corrected by estimator.importance=token"),
     ],
 )

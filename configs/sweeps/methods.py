@@ -69,7 +69,11 @@ def sharpened(temperature):
 SECTIONS = {
     "few": (QUICK, external(48)),
     "unlimited": (QUICK, external(0)),
-    "opsd": (SELF, {teacher: method("opsd", teacher) for teacher in ("frozen", "ema", "trust_region", "live")}),
+    "opsd": (
+        SELF,
+        {teacher: method("opsd", teacher) for teacher in ("frozen", "ema", "trust_region", "live")}
+        | {"frozen_width64": method("opsd", "frozen,width=64")},
+    ),
     "sdpo": (
         SELF,
         {

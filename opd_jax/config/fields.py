@@ -253,6 +253,7 @@ class Estimator:
     credit: str = "token"  # which log-ratios a token answers for: token, to_go, discounted, sequence
     gamma: float = 0.9  # discount per token of credit=discounted
     exact_future: bool = False  # later log-ratios replaced by exact KLs (signal.support=sampled, credit to_go or discounted): less noise
+    length_normalised: bool = False  # later terms of credit to_go or discounted count by their mean (MiniLLM); BIASED
     # none; kl: -K_t; optimal: for the norm of the logits' score; leave_one_out: other rollouts of the prompt; batch_mean and position_mean
     # include the own sample (biased, of order 1/n)
     baseline: str = "none"  # what is subtracted from advantages

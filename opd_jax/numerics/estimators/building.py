@@ -16,6 +16,7 @@ def build(
     gamma: float,
     *,
     exact_future: bool = False,
+    length_normalised: bool = False,
     baseline: str = "none",
     importance: str = "none",
     clip: float = 2.0,
@@ -31,10 +32,13 @@ def build(
         raise ValueError(f"estimator.gamma = {gamma!r} must be between 0 and 1")
     off_policy = {"importance": importance, "clip": clip}
     credited = {"gamma": gamma if credit == "discounted" else 1.0, "baseline": baseline, **off_policy}
-    chosen = (signal.kind, signal.support, credit, "exact_future" if exact_future else "", baseline, importance)
-    about = {"name": "/".join(part for part in chosen if part not in ("", "none")), "formula": "", "reference": ""}
+    credited["mean_future"] = length_normalised
+    chosen = (signal.kind, signal.support, credit, "exact_future" if exact_future else "", "mean" if length_normalised else "")
+    about = {"name": "/".join(part for part in (*chosen, baseline, importance) if part not in ("", "none")), "formula": "", "reference": ""}
     about |= {"claim": "", "target": "", "unbiased": False}
     _refuse_ratios(signal, importance)
+    if length_normalised and credit not in ("to_go", "discounted"):
+        raise ValueError(f"estimator.length_normalised = True needs estimator.credit = 'to_go' or 'discounted', not {credit!r}")
     if signal.kind == "reverse_kl" and signal.support == "sampled":
         _check_exact_future(exact_future, credit)
         built = ScoreFunction(**about, signal=signal, credit=credit, exact_future=exact_future, **credited)
@@ -122,6 +126,8 @@ def _claim_of_credit(built: ScoreFunction | LocalToGo) -> dict:
     token = built.gamma == 0 or getattr(built, "credit", "to_go") == "token"
     what = "the token-level reverse KL with prefixes held fixed" if token else "the sequence-level reverse KL"
     reasons = [] if token or built.gamma == 1 else [f"gamma {built.gamma:g} discounts what comes later"]
+    if built.mean_future:
+        reasons.append("what comes later counts by its mean")
     if built.baseline in ("batch_mean", "position_mean"):
         reasons.append(f"baseline {built.baseline} includes the own sample, of order 1/n")
     return _stated(built, "token_reverse_kl" if token else "sequence_reverse_kl", what, reasons)

@@ -21,12 +21,14 @@ class Credited(Estimator, abc.ABC):
     Off-policy, importance "cumulative" weighs each reward by what is known when it is given (per-decision importance sampling): l_u by
     rho_{<=u}, K_u by rho_{<u}; "sequence" weighs all by the ratio of the completion. Both are unbiased where the law that sampled covers
     pi; the others are not (importance.weights). Claims are made on-policy, where all weights are 1.
+    With `mean_future` what comes later counts by its mean (credit.mean_return), which is biased for the sequence level.
     """
 
     gamma: float = 1.0
     baseline: str = "none"
     importance: str = "none"
     clip: float = 2.0
+    mean_future: bool = False
 
     @abc.abstractmethod
     def advantage(self, stats: Stats, mask_BT: jax.Array, w_known_BT: jax.Array | None, w_drawn_BT: jax.Array | None) -> jax.Array:
@@ -103,7 +105,8 @@ class ScoreFunction(Credited):
         if w_drawn_BT is not None:
             log_ratio_BT = w_drawn_BT * log_ratio_BT
             exact_kl_BT = w_known_BT * exact_kl_BT if self.exact_future else None
-        return credit_lib.advantages(log_ratio_BT, mask_BT, credit=self.credit, gamma=self.gamma, exact_kl_BT=exact_kl_BT)
+        choices = {"credit": self.credit, "gamma": self.gamma, "mean_future": self.mean_future}
+        return credit_lib.advantages(log_ratio_BT, mask_BT, exact_kl_BT=exact_kl_BT, **choices)
 
     def terms(self, stats: Stats, context: Context) -> Term:
         advantage_BT, _, w_score_BT = self._weighed(stats, context)
@@ -124,7 +127,8 @@ class LocalToGo(Credited):
 
     def advantage(self, stats: Stats, mask_BT: jax.Array, w_known_BT: jax.Array | None, w_drawn_BT: jax.Array | None) -> jax.Array:
         kl_BT = stats.kl_BT if w_known_BT is None else w_known_BT * stats.kl_BT
-        return credit_lib.future_return(jnp.where(mask_BT.astype(bool), -kl_BT, 0), mask_BT, self.gamma)
+        of_later = credit_lib.mean_return if self.mean_future else credit_lib.future_return
+        return of_later(jnp.where(mask_BT.astype(bool), -kl_BT, 0), mask_BT, self.gamma)
 
     def terms(self, stats: Stats, context: Context) -> Term:
         advantage_BT, w_local_BT, w_score_BT = self._weighed(stats, context)
