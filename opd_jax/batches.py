@@ -31,6 +31,7 @@ class Learnt(NamedTuple):
 
     tokens: int  # of prompts, as the student reads them, and completions
     age: float  # updates since they were written, on average
+    shares: dict[str, float]  # see token_shares
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,8 @@ class BatchMaker:
         made = self._made(recalled.prompts, recalled.completions, scorer, recalled.scores, step)
         read = np.asarray(recalled.prompts.prompts.mask_BS).sum() + np.asarray(recalled.completions.standing_BT).sum()
         own = parallel.shard_batch(prompts.teacher_prompts, self._mesh)
-        return dataclasses.replace(made, judged=None, teacher_prompts=own, learnt=Learnt(int(read), recalled.age))
+        learnt = Learnt(int(read), recalled.age, token_shares(recalled.prompts.examples, np.asarray(recalled.completions.mask_BT)))
+        return dataclasses.replace(made, judged=None, teacher_prompts=own, learnt=learnt)
 
     def _made(
         self, prompts: pipeline.Batch, completions: Rollout, scorer: dict | None, scores: SparseTarget | TokenTarget | None, step: int
@@ -211,3 +213,10 @@ class BatchMaker:
     @property
     def _routes_rows(self) -> bool:
         return len(self._route) > 1 and self._config.teacher.combine == "route"
+
+
+def token_shares(examples: list[Example], mask_BT: np.ndarray) -> dict[str, float]:
+    """Metrics train/token_share/: of each tag, where examples have tags."""
+    tokens_P = mask_BT.reshape(len(examples), -1).sum(1)
+    tags = np.array([example.tag for example in examples])
+    return {f"train/token_share/{tag}": float(tokens_P[tags == tag].sum() / tokens_P.sum()) for tag in sorted(set(tags.tolist())) if tag}

@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from opd_jax import context_gap, cost, environments, labels, machine, rewards, rollout, teachers
-from opd_jax.batches import Made
+from opd_jax.batches import Made, token_shares
 from opd_jax.data import tasks
 from opd_jax.data.pipeline import Batch
-from opd_jax.data.tasks import Example
 from opd_jax.diagnostics import Diagnostics
 from opd_jax.job import Job
 from opd_jax.metrics import Progress
@@ -173,7 +172,7 @@ class Recorder:
             "cost/scored_tokens_total": self._info["scored_tokens"],
             **pending.made.counts,
         }
-        record |= _token_shares(prompts.examples, np.asarray(completions.mask_BT))
+        record |= learnt.shares if learnt else token_shares(prompts.examples, np.asarray(completions.mask_BT))
         if learnt is not None:
             record["replay/age"] = learnt.age
         if config.rollout.source == "mix":
@@ -220,13 +219,6 @@ class Recorder:
         self.job.trackers.flush()
         self.job.checkpoints.save(self.step, self.state.replace(finite=jnp.ones_like(self.state.finite)), self._info)
         self._saved_step = self.step
-
-
-def _token_shares(examples: list[Example], mask_BT: np.ndarray) -> dict[str, float]:
-    """Of each tag, where examples have tags."""
-    tokens_P = mask_BT.reshape(len(examples), -1).sum(1)
-    tags = np.array([example.tag for example in examples])
-    return {f"train/token_share/{tag}": float(tokens_P[tags == tag].sum() / tokens_P.sum()) for tag in sorted(set(tags.tolist())) if tag}
 
 
 def _accounts(job: Job) -> Callable[[str], cost.Account]:

@@ -1,17 +1,20 @@
 """Which terms an example has by its tag: refusals, and metrics that speak of the rows that have a teacher."""
 
 import dataclasses
+import types
 
 import numpy as np
 import pytest
 from test_bank import batch_of, config_of, goal_of, gradient, members
 
-from opd_jax import claim, objective, routing, train
+from opd_jax import batches, claim, objective, parallel, routing, train
 from opd_jax import config as config_lib
+from opd_jax.batches import token_shares
+from opd_jax.data import pipeline
 from opd_jax.data.tasks import Example
-from opd_jax.recorder import _token_shares
+from opd_jax.replay import Recalled
 from opd_jax.teachers import Bank
-from opd_jax.types import UserError
+from opd_jax.types import Prompts, UserError
 
 EXAMPLES = [Example(0, "1=", tag="x"), Example(1, "2=", tag="y")]
 REWARD = config_lib.Reward(weight=1.0)
@@ -95,8 +98,23 @@ def test_claims_say_what_tags_leave_out():
 
 def test_shares_of_tokens_are_by_tag():
     mask_BT = np.array([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 0]], bool)
-    assert _token_shares(EXAMPLES, mask_BT) == {"train/token_share/x": 0.5, "train/token_share/y": 0.5}
-    assert _token_shares([EXAMPLES[0], Example(2, "3=")], mask_BT[[0, 1, 1, 1]]) == {"train/token_share/x": 4 / 6}
+    assert token_shares(EXAMPLES, mask_BT) == {"train/token_share/x": 0.5, "train/token_share/y": 0.5}
+    assert token_shares([EXAMPLES[0], Example(2, "3=")], mask_BT[[0, 1, 1, 1]]) == {"train/token_share/x": 4 / 6}
+
+
+def test_shares_of_tokens_are_those_that_are_learnt_from():
+    """With rollout.aggregate an update learns from other completions than it has written."""
+    mask_BT = np.array([[True, True, True], [True, False, False]])
+
+    def step(examples):
+        completions = types.SimpleNamespace(mask_BT=mask_BT, standing_BT=mask_BT)
+        read = Prompts(np.zeros((2, 2), np.int32), np.ones((2, 2), bool), np.arange(2, dtype=np.uint32))
+        return pipeline.Batch(examples, read, read, 0), completions
+
+    maker = object.__new__(batches.BatchMaker)
+    maker._mesh, maker._made = parallel.make_mesh(1, 1, 1), lambda *_: batches.Made(None, None, {}, None)
+    learnt = maker(*step(EXAMPLES), recalled=Recalled(*step(EXAMPLES[::-1]), None, 1.5)).learnt
+    assert learnt == (8, 1.5, {"train/token_share/x": 0.25, "train/token_share/y": 0.75})
 
 
 def test_a_run_refuses_tags_before_any_work(tmp_path):
