@@ -89,8 +89,11 @@ def from_config(config: Config, *, has_teacher: bool) -> Objective:
         raise ConfigError(f"config field teacher.path = '' must name a model, because {asked} needs a teacher")
     # Cross-entropy needs no teacher, and the metrics that compare with one speak of the student's own completions.
     scored = has_teacher and not keeps_scores(config) and (bool(needing) or config.rollout.source in ("student", "mix"))
-    if config.extrapolation.adaptive and not scored:
-        raise ConfigError("config field extrapolation.adaptive = True needs a teacher that scores; give teacher.path, or use False")
+    if config.extrapolation.adaptive and not (scored and needing):
+        raise ConfigError(
+            "config field extrapolation.adaptive = True needs a teacher that scores, and a term that compares with it; give teacher.path "
+            "and signal.weight, or use False"
+        )
     several = len(teachers.asked(config)) > 1
     return Objective(parts, config.rollout.max_new_tokens, scored, config.log.diagnostics, several)
 

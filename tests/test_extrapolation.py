@@ -191,6 +191,10 @@ def test_at_a_high_temperature_confidence_is_gone():
             {"extrapolation": {"adaptive": True}, "signal": {"divergence": "nll"}, "rollout": {"source": "dataset"}},
             "extrapolation.adaptive = True needs a teacher that scores",
         ),
+        (
+            {"extrapolation": {"adaptive": True}, "signal": {"weight": 0.0}, "loss": {"labels": 1.0}},
+            "and a term that compares with it; give teacher.path and signal.weight",
+        ),
         ({"teacher": {"confidence": 1.0}}, "teacher.confidence = 1 weighs members of a mixture"),
         ({"teacher": {"path": "", "confidence": 1.0}}, "teacher.combine = 'geometric' or 'arithmetic'"),
         ({"extrapolation": {"tau": 0.0}}, "extrapolation.tau = 0.0 must be above 0"),
