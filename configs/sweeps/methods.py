@@ -16,8 +16,9 @@ from opd_jax import config, sweeps
 # Settings: the config file that a row starts from, before its method's axes.
 QUICK, SELF, EXPERTS = "configs/quickstart.py", "configs/base.py", "configs/experts.py"
 HOMES = {"opsd": SELF, "sdft": SELF, "sdpo": SELF, "mopd": EXPERTS, "pooled": EXPERTS}  # settings of methods' own files; others: QUICK
-# Of section=sdpo, where few of the first rollouts teach anything and steps must be small.
-LONG = {"steps": 200, "eval__every": 20, "learner__learning_rate": 3e-4}
+# Of sdpo and sequence: with the larger steps of the setting a student loses what it could, reading contexts included.
+GENTLY = {"steps": 200, "learner__learning_rate": 3e-4}
+LONG = GENTLY | {"eval__every": 20}
 SKILLS = ("sort", "add", "chain")  # of section=sequence, in the order in which they are learnt
 # Updates that cost as much as 100 of on-policy distillation, by the accounting of opd_jax/cost.py: per token of a completion it samples and
 # trains a student of N weights (2 N + 6 N) and reads a teacher of 3.7 N (2 * 3.7 N); SFT trains alone, SeqKD samples the teacher.
@@ -83,7 +84,10 @@ SECTIONS = {
             "grpo": method("grpo", "head_start,dr_grpo", **LONG),
         },
     ),
-    "sequence": (SELF, {"sdft": method("sdft"), "sdft_reverse_kl": method("sdft", "reverse_kl"), "sft": method("sft")}),
+    "sequence": (
+        SELF,
+        {"sdft": method("sdft", **GENTLY), "sdft_reverse_kl": method("sdft", "reverse_kl", **GENTLY), "sft": method("sft", **GENTLY)},
+    ),
     "scale": (QUICK, scaled((1.0, 0.5, 1.25, 1.5, 2.0, 3.0))),
     "mismatch": (QUICK, sharpened(1.0) | sharpened(0.25)),
     "merge": (
