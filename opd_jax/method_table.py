@@ -17,6 +17,7 @@ from opd_jax import metrics, scores, train
 from opd_jax.analysis import stats
 from opd_jax.cli import StopRequest
 from opd_jax.config import Config
+from opd_jax.data.tasks import names_in
 from opd_jax.sweeps import plan, sweep
 from opd_jax.sweeps.combinators import Sweep
 from opd_jax.sweeps.status import write, write_json
@@ -139,12 +140,12 @@ def attempts(records: Records, name: str, batch_size: int) -> float:
 
 def _of_skills(records: Records, config: Config) -> dict[str, float]:
     """What a run and those before it did to the skills that were there, and to those that came."""
-    stages = [(config.task.learn.split(","), accuracies(records))]
+    stages = [(names_in(config.task.learn), accuracies(records))]
     source, begun = config.student.recipe, accuracies(records[:1])
     while FILE in source:  # the student is that of an earlier stage
         own, workdir = train.locate_recipe(source, config.cache_dir)
         parsed, earlier = config_lib.parse(own), metrics.read(workdir / "metrics.jsonl")
-        stages.insert(0, (parsed.task.learn.split(","), accuracies(earlier)))
+        stages.insert(0, (names_in(parsed.task.learn), accuracies(earlier)))
         source, begun = parsed.student.recipe, accuracies(earlier[:1])
     end = stages[-1][1]
     new = [skill for learnt, _ in stages for skill in learnt]

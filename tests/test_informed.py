@@ -68,6 +68,8 @@ def test_an_example_without_a_solution_stays_as_it_is():
         ({"informed_layout": "no_such.jinja"}, "no_such.jinja"),
         ({"name": "unconditional", "informed_reads": "feedback"}, "feedback needs a verifier"),
         ({"learn": "add"}, "task.learn = 'add' is not known; valid: reverse, sort"),
+        ({"learn": "sort,"}, "task.learn = 'sort,' has a comma with no name beside it"),
+        ({"informed_tags": ","}, "task.informed_tags = ',' has a comma with no name beside it"),
     ],
 )
 def test_what_cannot_be_is_refused(changes, words):

@@ -86,7 +86,11 @@ def _require(condition: bool, name: str, value: Any, valid: str) -> None:
 
 def validate(config: Config) -> None:
     """Refuses values out of range and fields that contradict each other. Raises ConfigError."""
-    _check_range(flatten(config))
+    flat = flatten(config)
+    _check_range(flat)
+    for name in ("masking.tags", "reward.tags", "task.learn", "task.informed_tags"):
+        parts = flat[name].split(",") if flat[name] else []
+        _require(all(part.strip() for part in parts), name, flat[name], "has a comma with no name beside it; remove it")
     check_choice("rollout.source", config.rollout.source, ("student", "teacher", "dataset", "mix", "dagger", "corrected", "cache"))
     check_choice("rollout.cut", config.rollout.cut, ("random", "worst"))
     check_choice("reward.only", config.reward.only, ("all", "solved"))
