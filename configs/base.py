@@ -2,9 +2,9 @@
 
     python experiments/train.py --config=configs/base.py --workdir=runs/self
 
-Self-distillation on a model that makes nothing of its context is vacuous. So the base (role=base: 0.6M weights, bytes) is trained on
+Self-distillation on a model that makes nothing of its context is vacuous. So the base (role=base: 0.67M weights, bytes) is trained on
 strings of 4 digits: to reverse and to shift them, with and without something beside the question, and to sort, add and chain them only WITH
-a solution, another answer or feedback to read. Without it answers those in no case, with a solution in all; a run measures that.
+a solution, another answer or feedback to read. Without, it answers none of these, with a solution all; a run measures that.
 
 role=weak is that base after some updates of SFT on the skill, for methods that need a success now and then; role=mid after many on the
 skill alone (mid-training), which forgets the old ones. role=self, the default, is the
