@@ -9,8 +9,8 @@ add). The base is trained on all skills and stopped early; an expert goes on fro
 Seed 0, 256 held-out prompts, greedy accuracy: base 0.43 (reverse 0.18, sort 0.67), experts on their skills 1.00 and 0.98, the student after
 100 updates 0.76 (0.63, 0.89). Base and experts took 44 to 57 s each on two cores that had much other work.
 
-Arguments: skills=reverse+sort (of the student), level=N characters, prompts=N (0: unlimited fresh ones), seed=N (of prompts and draws;
-models are the same for all seeds), tiny (a run of seconds, for tests).
+Arguments: skills=reverse+sort (of the student; some of reverse, sort, shift and add), level=N characters, prompts=N (0: unlimited fresh
+ones), seed=N (of prompts and draws; models are the same for all seeds), tiny (a run of seconds, for tests).
 """
 
 from opd_jax import config
@@ -22,6 +22,9 @@ def get_config(arg=None):
     roles = ("student", "base", *SKILLS)
     arg = config.parse_arg(arg, role=roles, skills="reverse+sort", level=4, prompts=0, seed=0, tiny=False)
     skills = arg.skills.split("+")
+    for skill in skills:
+        if skill not in SKILLS:
+            raise config.ConfigError(f"config argument skills = {arg.skills!r}: no expert has {skill!r}; valid: {', '.join(SKILLS)}")
     c = config.default()
     c.seed = c.task.seed = arg.seed
     c.task.name, c.task.level, c.task.train_size = "skills", arg.level, arg.prompts

@@ -17,6 +17,8 @@ from opd_jax import config
 def get_config(arg=None):
     arg, rest = config.split_arg(arg, taught="reverse", skills="reverse+sort")
     c = config.load_config(f"configs/experts.py:skills={arg.skills},{rest}")
+    if arg.taught not in arg.skills.split("+"):
+        raise config.ConfigError(f"config argument taught = {arg.taught!r} is none of skills = {arg.skills!r}; name one of them")
     tested = [skill for skill in arg.skills.split("+") if skill != arg.taught]
     for skill in tested:
         del c.teacher.members[skill]
