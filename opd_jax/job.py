@@ -113,7 +113,7 @@ def setup(
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=parsed.checkpoint.keep)
     resumed = bool(checkpoints.steps())
     parsed = recipes.run_recipes(parsed, make_model, resumed=resumed)
-    progress.phase("loading student and teacher")
+    progress.phase("loading the models")
     parsed, pair = recipes.with_store(parsed, make_store), open_pair(parsed, workdir if resumed else None, mesh)
     bank, frozen = assembly.make_bank(parsed, pair)
     measured = _measure(parsed, workdir, task, pair, mesh, own_judge, progress, resumed=resumed)
@@ -209,7 +209,8 @@ def _say_which_gradient(config: Config, objective: objective_lib.Objective, prog
     law = {name: getattr(asked, name) for name in ("top_p", "top_k", "min_p") if getattr(asked, name) != getattr(whole, name)}
     if config.rollout.temperature != config.loss.student_temperature:
         law |= {"temperature": config.rollout.temperature, "loss.student_temperature": config.loss.student_temperature}
-    if law and config_lib.own_draws(config) and config.estimator.importance == "none":
+    distils = config.signal.weight or config.extra_signal.weight  # the correction is of these terms alone
+    if law and distils and config_lib.own_draws(config) and config.estimator.importance == "none":
         fields = ", ".join(f"{name} = {value}" for name, value in law.items())
         log.warning(
             "completions are drawn from another law than the policy in the loss (%s): the estimators' claims do not hold for it; "
