@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     task = tasks.from_config(parsed)
     mesh = parallel.make_mesh(parsed.mesh.data, parsed.mesh.fsdp, parsed.mesh.tensor)
     parsed = recipes.run_recipes(parsed, functools.partial(train.make_model, progress=progress))
-    progress.phase("loading student and teacher")
+    progress.phase("loading the models")
     pair = open_pair(parsed, None, mesh)
     evaluator = assembly.make_evaluator(parsed, mesh, task, pair)
     if evaluator is None:

@@ -37,7 +37,7 @@ def write(
     task = tasks.from_config(config)
     tasks.check_turns(config, task)
     config = recipes.run_recipes(config, make_model)
-    progress.phase("loading student and teacher")
+    progress.phase("loading the models")
     pair = open_pair(config, None, mesh)
     pipeline = assembly.make_pipeline(config, pair, task.examples("train"))
     found = store.begin(folder, replay.describe(config, form, pair, hashes=_hashes(config, pair), batches=config.steps))

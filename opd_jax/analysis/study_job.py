@@ -36,7 +36,7 @@ def run(config: Config, workdir: str | os.PathLike, *, make_model: Callable[[str
     longest = max(setting.T for setting in settings)
     config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, max_new_tokens=longest))
     config = recipes.run_recipes(config, make_model)
-    progress.phase("loading student and teacher")
+    progress.phase("loading the models")
     pair = open_pair(config, None, mesh)
     prompts = rollouts // min(setting.group_size for setting in settings)
     encoders = pair.student_prompts, pair.teacher_prompts

@@ -143,7 +143,9 @@ def caption(groups: Sequence[Group]) -> str:
         if any(len({run.evaluations[-1]["step"] for run in group.runs}) > 1 for group in groups if group.common()):
             text += "Seeds that stopped at different updates stand at the last one that all of them evaluated. "
     text += f"All but the greedy column: samples at temperature 1, {_either(samples)} per prompt. KL to the teacher and entropy: nats per "
-    text += "token. Tokens: completion tokens in the loss. Time: training, without evaluations."
+    text += "token. Tokens: of completions, whichever parts of the loss learnt from them. Time: training, without evaluations."
+    if any(config["teacher.path"] == "student_init" or config["context.privileged.reads"] for config in (run.config for run in runs)):
+        text += " The teacher of these numbers reads the question alone, and a self-teacher is as it was before training."
     if any(group.config["task.name"] == GRADED for group in groups):
         text += " Exact: the share of completions that equal their reference."
     trained_on = sorted({run.config["task.train_size"] for run in runs})
