@@ -15,6 +15,7 @@ import numpy as np
 from opd_jax import config as config_lib
 from opd_jax import metrics, scores, train
 from opd_jax.analysis import stats
+from opd_jax.analysis.runs import within
 from opd_jax.cli import StopRequest
 from opd_jax.config import Config
 from opd_jax.data.tasks import names_in
@@ -34,12 +35,14 @@ class Column:
     title: str
     key: str  # of `measured`
     scale: float = 1.0  # what values are divided by
+    certain: bool = False  # the same for all seeds but for lengths: shown without an interval
 
 
 _ENDS = (Column("accuracy", "accuracy"), Column("sampled accuracy", "sampled_accuracy"))
-_COST = (Column("generated tokens, k", "generated_tokens", 1e3), Column("TFLOPs", "flops", 1e12))
+_COST = (Column("generated tokens, k", "generated_tokens", 1e3, certain=True), Column("TFLOPs", "flops", 1e12, certain=True))
+_SHARES = ("learnt", "kept", "old", "teacher")  # accuracies of several skills, or of others than the student
 _KLS = (Column("reverse KL", "reverse_kl"), Column("forward KL", "forward_kl"))
-_BEFORE_AND_AFTER = ((" before", "_before"), (" after", ""))
+_AFTER_AND_BEFORE = (("", ""), (" before", "_before"))
 _OLD = (Column("reverse", "accuracy/reverse"), Column("shift", "accuracy/shift"))
 COLUMNS = {
     "few": (*_ENDS, *_KLS, Column("teacher recovered", "recovery"), *_COST),
@@ -56,13 +59,13 @@ COLUMNS = {
     "scale": (*_ENDS, *_KLS, Column("length", "length")),
     "mismatch": (*_ENDS, Column("length", "length")),
     "merge": (
-        *(Column(f"{tag}{when}", f"accuracy{key}/{tag}") for tag in ("reverse", "sort") for when, key in _BEFORE_AND_AFTER),
         Column("sampled", "sampled_accuracy"),
         Column("teachers, sampled", "teacher"),
+        *(Column(f"{tag}{when}", f"accuracy{key}/{tag}") for tag in ("reverse", "sort") for when, key in _AFTER_AND_BEFORE),
         *_COST,
     ),
     "recovery": (
-        *(Column(f"{tag}{when}", f"accuracy{key}/{tag}") for tag in ("reverse", "shift", "add") for when, key in _BEFORE_AND_AFTER),
+        *(Column(f"{tag}{when}", f"accuracy{key}/{tag}") for tag in ("reverse", "shift", "add") for when, key in _AFTER_AND_BEFORE),
         *_COST,
     ),
 }
@@ -168,17 +171,19 @@ def accuracies(records: Records) -> dict[str, float]:
     return {name.removeprefix(prefix): value for name, value in last.items() if name.startswith(prefix)}
 
 
-def estimate(values: Sequence[float], scale: float = 1.0) -> str:
+def estimate(column: Column, values: Sequence[float]) -> str:
     """Mean and 95% t-interval over seeds, as text; of values that are not all finite how many are, and the others' mean."""
-    values = [value / scale for value in values]
+    values = [value / column.scale for value in values]
     finite = [value for value in values if np.isfinite(value)]
     if not finite:
         return "never" if values else "-"
     if len(finite) < len(values):
         return f"{np.mean(finite):.3g} in {len(finite)} of {len(values)}, the others never"
-    if len(values) < 2 or len(set(values)) == 1:
-        return f"{values[0]:.3g}"
-    return interval(*(float(end) for end in stats.t_interval(values)))
+    if len(values) < 2 or len(set(values)) == 1 or column.certain:
+        return f"{np.mean(values):.3g}"
+    mean, low, high = stats.t_interval(values)
+    like = "accuracy" if column.key in _SHARES else column.key.replace("_before", "")
+    return interval(float(mean), *(float(end) for end in within(f"eval/{like}", low, high)))
 
 
 def difference(row: Row, first: Row, key: str) -> str:
@@ -201,7 +206,7 @@ def markdown(rows: Sequence[Row]) -> str:
         titles = ["", *(column.title for column in columns), f"{columns[0].title} less that of {own[0].name}"]
         lines = [f"### {section}", "", f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
         for row in own:
-            cells = [estimate(list(row.values.get(column.key, {}).values()), column.scale) for column in columns]
+            cells = [estimate(column, list(row.values.get(column.key, {}).values())) for column in columns]
             note = f" ({row.failed} failed or unfinished)" if row.failed else ""
             lines.append(f"| {' | '.join([f'`{row.name}`{note}', *cells, difference(row, own[0], columns[0].key)])} |")
         parts.append("\n".join(lines))

@@ -62,11 +62,16 @@ def test_a_sequence_is_read_off_all_its_runs(tmp_path):
 
 
 def test_estimates_in_words():
-    assert method_table.estimate([]) == "-" and method_table.estimate([float("inf")]) == "never"
-    assert method_table.estimate([2000.0, float("inf"), 4000.0], 1e3) == "3 in 2 of 3, the others never"
-    assert method_table.estimate([0.5]) == "0.5" and method_table.estimate([0.5, 0.5]) == "0.5"
+    length, accuracy = Column("length", "length"), Column("sort before", "accuracy_before/sort")
+    assert method_table.estimate(length, []) == "-" and method_table.estimate(length, [float("inf")]) == "never"
+    thousands = Column("attempts, k", "attempts", 1e3)
+    assert method_table.estimate(thousands, [2000.0, float("inf"), 4000.0]) == "3 in 2 of 3, the others never"
+    assert method_table.estimate(length, [0.5]) == "0.5" and method_table.estimate(length, [0.5, 0.5]) == "0.5"
     mean, half = 0.5, 4.302652729911275 * 0.1 / np.sqrt(3)  # Student's t for 2 degrees of freedom
-    assert method_table.estimate([0.4, 0.5, 0.6]) == f"{mean:.2f} [{mean - half:.2f}, {mean + half:.2f}]"
+    assert method_table.estimate(length, [0.4, 0.5, 0.6]) == f"{mean:.2f} [{mean - half:.2f}, {mean + half:.2f}]"
+    assert method_table.estimate(accuracy, [0.0, 0.5, 1.0]) == "0.5 [0.0, 1.0]"  # a share is within 0 and 1
+    assert method_table.estimate(Column("old", "old"), [0.9, 1.0, 1.0]).endswith(", 1.00]")
+    assert method_table.estimate(Column("TFLOPs", "flops", 1e12, certain=True), [1.0e12, 1.2e12]) == "1.1"
 
 
 def test_tables_have_every_row_and_the_paired_differences():

@@ -95,6 +95,7 @@ SECTIONS = {
         {
             "mopd": method("mopd"),
             "routed_full": method(""),
+            "routed_full_x4": method("", steps=400),
             "mopd_scale1.25": method("mopd", "scale=1.25"),
             "pooled": method("pooled"),
             "sft": method("sft"),
