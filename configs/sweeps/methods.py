@@ -49,6 +49,8 @@ def external(prompts):
         "grpo": method("grpo", f"{given},dr_grpo"),
     }
     if prompts:
+        slower = {"learner__learning_rate": 3e-4}
+        rows |= {"minillm_gently": method("minillm", given, **slower), "grpo_gently": method("grpo", f"{given},dr_grpo", **slower)}
         rows |= {f"{name}@flops": {**rows[name], "steps": steps} for name, steps in AT_EQUAL_FLOPS.items()}
     return rows
 
