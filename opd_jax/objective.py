@@ -235,15 +235,17 @@ def loss(
     `compared_B`: the rows that have a teacher; None: all.
     """
     found, shown = _statistics(objective, student, targets, tokens_BT)
-    values = []
+    values, gated = [], {}
     for part, stats, share in zip(objective.parts, found, shares, strict=True):
         term = part.estimator.terms(stats, _prepared(part, stats, share.context))
         weights_BT, gate_BT = share.weights_BT, part.gate.weights(stats, share.context.mask_BT)
-        weights_BT = weights_BT if gate_BT is None else weights_BT * gate_BT
+        if gate_BT is not None:
+            weights_BT = weights_BT * gate_BT
+            gated[f"gate_{part.name}"] = jnp.stack([jnp.sum(gate_BT), jnp.sum(share.context.mask_BT, dtype=gate_BT.dtype)])
         loss_B = estimators.loss_B(stats, dataclasses.replace(term, mask_BT=term.mask_BT * weights_BT))
         value = jnp.sum(loss_B) / share.denominator
         values.append(value if part.coefficient == 1 else part.coefficient * value)
-    sums = _sums(shown, mask_BT, compared_B)
+    sums = _sums(shown, mask_BT, compared_B) | gated
     if len(values) > 1:
         sums |= {f"loss_{part.name}": value for part, value in zip(objective.parts, values, strict=True)}
     return sum(values[1:], values[0]), jax.lax.stop_gradient(sums)
@@ -350,4 +352,5 @@ def metrics(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
     names["scale"] = "extrapolation/scale"
     losses = {f"train/{key}": value for key, value in sums.items() if key.startswith("loss_")}
     means = {name: sums[key] / compared for key, name in names.items() if key in sums}
-    return {"train/tokens": sums["tokens"], "rollout/entropy": sums["entropy"] / tokens} | means | losses
+    gates = {f"train/{key}": value[0] / jnp.maximum(value[1], 1.0) for key, value in sums.items() if key.startswith("gate_")}
+    return {"train/tokens": sums["tokens"], "rollout/entropy": sums["entropy"] / tokens} | means | losses | gates

@@ -108,6 +108,7 @@ LOOKED_AT = {"diag/log_ratio_p50", "diag/topk_overlap", "diag/teacher_entropy"}
 OWN_DRAWS = {"diag/ess_token", "diag/ess_sequence"}
 PARTS = {f"train/loss_{name}" for name in ("distillation", "extra", "reward", "labels", "reference", "entropy", "preference")}
 EVERY_PART = {"reward.weight": 0.5, "rollout.group_size": 2, "loss.labels": 0.1, "regulariser.kl": 0.1, "regulariser.entropy": 0.01}
+EVERY_PART |= {"gate.kind": "confidence", "extra_signal.gate.kind": "teacher_entropy_above"}
 EVERY_PART |= {"extra_signal.weight": 0.1, "preference.weight": 0.1, "preference.judge": "reward"}
 READ = {"context.privileged.reads": "feedback,solution,analysis", "context.privileged.layout": "compact"}
 # case -> (fields, names that are there, names that are not)
@@ -139,7 +140,8 @@ CASES = {
     ),
     "parts": (
         EVERY_PART | READ | {"rollout.batch_size": 16},
-        PARTS | COMPARED | {"context/present", "context/written_length", "context/gold_gain/TAG", "reward/equal_groups"},
+        PARTS | COMPARED | {"context/present", "context/written_length", "context/gold_gain/TAG", "reward/equal_groups"}
+        | {"train/gate_distillation", "train/gate_extra"},
         set(),
     ),
     "members": (

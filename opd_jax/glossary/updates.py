@@ -141,6 +141,11 @@ def _parts() -> dict[str, Description]:
             f"this part of train/loss, where there are several: {words}", formula, "nats, scaled by the normaliser"
         )
         for name, words in what.items()
+    } | {
+        f"train/gate_{name}": Description(
+            f"mean weight that {field} gives to the tokens of this part; at 0 it learns nothing", "sum_bt m_bt g_bt / sum_bt m_bt", "-"
+        )
+        for name, field in (("distillation", "gate.kind"), ("extra", "extra_signal.gate.kind"))
     }
 
 
