@@ -47,6 +47,7 @@ _OLD = (Column("reverse", "accuracy/reverse"), Column("shift", "accuracy/shift")
 COLUMNS = {
     "few": (*_ENDS, *_KLS, Column("teacher recovered", "recovery"), *_COST),
     "unlimited": (*_ENDS, *_KLS, Column("teacher recovered", "recovery"), *_COST),
+    "others": (*_ENDS, *_KLS, Column("teacher recovered", "recovery"), *_COST),
     "opsd": (Column("sort", "accuracy/sort"), Column("sort, sampled", "sampled_accuracy/sort"), *_OLD, *_COST),
     "sdpo": (Column(f"attempts to {TARGET:.0%}, k", "attempts", 1e3), Column("sort, sampled", "sampled_accuracy/sort"), *_OLD, *_COST),
     "sequence": (

@@ -2,9 +2,10 @@
 
     python experiments/sweep.py --config=configs/sweeps/methods.py --workdir=runs/methods_few
 
-Argument section: few and unlimited (an external teacher on the quickstart's task, with 48 prompts and with fresh ones); opsd (a model that
-reads solutions, by who its teacher is); sdpo (rewards and siblings); sequence (three skills, one after the other); scale (extrapolation);
-mismatch (a teacher four times as sharp as it was trained to be); recovery (old skills after training on a new one); merge (two experts).
+Argument section: few and unlimited (an external teacher on the quickstart's task, with 48 prompts and with fresh ones); others (further
+methods beside those of few); opsd (a model that reads solutions, by who its teacher is); sdpo (rewards and siblings); sequence (three
+skills, one after the other); scale (extrapolation); mismatch (a teacher four times as sharp as it was trained to be); recovery (old skills
+after training on a new one); merge (two experts).
 Rows of a section have equal updates of equally many completions; those with @flops have as many updates as make their floating-point
 operations those of the first row. A seed draws prompts, initial weights and samples. tiny is a sweep of 2 rows and 2 seeds, for tests.
 
@@ -19,6 +20,7 @@ HOMES = {"opsd": SELF, "sdft": SELF, "sdpo": SELF, "mopd": EXPERTS, "pooled": EX
 # Of sdpo and sequence: with the larger steps of the setting a student loses what it could, reading contexts included.
 GENTLY = {"steps": 200, "learner__learning_rate": 3e-4}
 LONG = GENTLY | {"eval__every": 20}
+OTHERS = ("vopd", "eopd", "iw_opd", "prefix_opd", "g_opd", "reopd", "dagger", "corrected", "supervised_kd", "rl_opd", "dpo")
 SKILLS = ("sort", "add", "chain")  # of section=sequence, in the order in which they are learnt
 # Updates that cost as much as 100 of on-policy distillation, by the accounting of opd_jax/cost.py: per token of a completion it samples and
 # trains a student of N weights (2 N + 6 N) and reads a teacher of 3.7 N (2 * 3.7 N); SFT trains alone, SeqKD samples the teacher.
@@ -72,6 +74,7 @@ def sharpened(temperature):
 SECTIONS = {
     "few": (QUICK, external(48)),
     "unlimited": (QUICK, external(0)),
+    "others": (QUICK, {name: method(name, "prompts=48") for name in OTHERS}),
     "opsd": (
         SELF,
         {teacher: method("opsd", teacher) for teacher in ("frozen", "ema", "trust_region", "live")}
