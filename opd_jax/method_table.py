@@ -183,8 +183,10 @@ def estimate(column: Column, values: Sequence[float]) -> str:
     if len(values) < 2 or len(set(values)) == 1 or column.certain:
         return f"{np.mean(values):.3g}"
     mean, low, high = stats.t_interval(values)
-    like = "accuracy" if column.key in _SHARES else column.key.replace("_before", "")
-    return interval(float(mean), *(float(end) for end in within(f"eval/{like}", low, high)))
+    if column.key != "recovery":  # of a teacher: below 0 and above 1 there are, too
+        like = "accuracy" if column.key in _SHARES else column.key.replace("_before", "")
+        low, high = within(f"eval/{like}", low, high)
+    return interval(float(mean), float(low), float(high))
 
 
 def difference(row: Row, first: Row, key: str) -> str:

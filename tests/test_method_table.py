@@ -70,6 +70,7 @@ def test_estimates_in_words():
     mean, half = 0.5, 4.302652729911275 * 0.1 / np.sqrt(3)  # Student's t for 2 degrees of freedom
     assert method_table.estimate(length, [0.4, 0.5, 0.6]) == f"{mean:.2f} [{mean - half:.2f}, {mean + half:.2f}]"
     assert method_table.estimate(accuracy, [0.0, 0.5, 1.0]) == "0.5 [0.0, 1.0]"  # a share is within 0 and 1
+    assert "[-" in method_table.estimate(Column("recovered", "recovery"), [-0.3, 0.1, 0.2])
     assert method_table.estimate(Column("old", "old"), [0.9, 1.0, 1.0]).endswith(", 1.00]")
     assert method_table.estimate(Column("TFLOPs", "flops", 1e12, certain=True), [1.0e12, 1.2e12]) == "1.1"
 
