@@ -7,7 +7,8 @@ divergence (argument divergence=jsd, beta=0.5; the paper tries forward and rever
 mean over each completion first (loss.normaliser=sequence_mean, eq. 2). No gradient flows through sampling. The combination with rewards
 (eq. 5) is reward.weight with on_policy=1.
 
-On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too. NOT MEASURED.
+On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too.
+Figures: README, Results of the methods.
 """
 
 from opd_jax import config

@@ -9,7 +9,8 @@ their place). Each batch is used once, so that the clipping is there and never a
 it was, exact over the vocabulary. (GRPO differentiates k3 as a loss, which follows the forward KL:
 --config.regulariser.divergence=forward_kl; the other three have no such term.)
 
-On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too. NOT MEASURED.
+On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too.
+Figures: README, Results of the methods.
 """
 
 from opd_jax import config

@@ -10,7 +10,8 @@ never learns to stop: its completions have a fixed length). Argument variant, of
     v4  sum of p log(p/q) on the student's top k, and the drawn token outside it (EMA-PG)      v5  the same on the teacher's top k
 The gradient of v4 and v5, as published, is off by that of the mass on the support, which the run's claim says.
 
-On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too. NOT MEASURED.
+On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too.
+Figures: README, Results of the methods.
 """
 
 from opd_jax import config

@@ -7,7 +7,8 @@ as the advantage of the sampled one (signal.support=full, estimator.credit=to_go
 the student's exact KLs, where the paper has log-ratios of tokens that the mixture drew, whose mean is another. `normalised` divides
 them by their number (its length normalisation), discount=G discounts them. Its language-modelling loss on other text is not here.
 
-On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too. NOT MEASURED.
+On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too.
+Figures: README, Results of the methods.
 """
 
 from opd_jax import config

@@ -8,7 +8,8 @@ rollout.cache_recipe: this file with the argument store), otherwise each step ha
 does not accept (masking.failed=drop); word=W is the paper's mixture, weight W for the word-level forward KL on these completions beside
 1 - W for their cross-entropy (extra_signal; of stored ones on the teacher's top 16 with one entry for the rest).
 
-On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too. NOT MEASURED.
+On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too.
+Figures: README, Results of the methods.
 """
 
 from opd_jax import config

@@ -6,7 +6,8 @@ Axes: signal.support=sampled, estimator.credit=token (kl_discount_factor 0; argu
 tokens (loss.normaliser=sequence_sum, as tinker's importance_sampling loss, which is not divided by the number of completions), 4
 completions of a prompt. Completions are used once, by the parameters that wrote them, so that the loss's ratio is 1.
 
-On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too. NOT MEASURED.
+On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too.
+Figures: README, Results of the methods.
 """
 
 from opd_jax import config
