@@ -272,7 +272,7 @@ def test_14_an_example_that_no_teacher_is_for_is_refused(tmp_path):
     config.teacher.members = {name: {"path": f"nowhere/{name}", "recipe": "", "tag": name, "weight": 1.0} for name in ("maths", "code")}
     with pytest.raises(ConfigError, match="no member has the tag 'law' of the example '2='; there are code, maths"):
         next(train.run(config, tmp_path / "run", task=Letters(("maths", "code", "law"))))
-    assert not list((tmp_path / "run").iterdir())
+    assert not (tmp_path / "run").exists()
 
 
 def test_16_a_prompt_that_does_not_fit_loses_feedback_alone_and_is_counted():
