@@ -185,14 +185,14 @@ def test_ready_made_sweeps_expand_to_runs_that_their_flags_repeat(path, monkeypa
     for arg in ("", ":tiny"):
         name = f"configs/sweeps/{path.name}{arg}"
         asked = plan.read_file(name)
-        made = plan.make(Base(name, {"learner.learning_rate": 1e-5, "model.remat": True}), asked)
+        made = plan.make(Base(name, {"learner.eps": 1e-5, "model.remat": True}), asked)
         assert asked.seeds in ((2,) if arg else (3, 5)) and made.seed_fields == ("seed", "student.recipe", "task.seed")
         assert len(made.trials) == asked.seeds * len(made.settings)
         assert len(made.settings) == 2 if arg else len(made.settings) >= 4
         assert len({trial.name for trial in made.trials}) == len(made.trials)
         for trial in (made.trials[0], made.trials[-1]):
             assert parsed_from_flags(trial.flags(), monkeypatch) == trial.config
-            assert trial.config.learner.learning_rate == 1e-5 and trial.config.model.remat
+            assert trial.config.learner.eps == 1e-5 and trial.config.model.remat
 
 
 def test_names_tell_apart_what_their_readable_part_does_not():
