@@ -87,9 +87,12 @@ def run(
 ) -> list[Row]:
     """Makes what is not done yet, section by section; after each one method_table.json and method_table.md hold all that there is.
 
+    Rows of sections that an earlier call made, and that are not among `names`, stay.
+
     `quick`: the first QUICK_ROWS rows of each section, one seed. Raises UserError, and Interrupted once `stop` is set.
     """
-    rows: list[Row] = []
+    table = workdir / "method_table.json"
+    rows = [row for row in read(table) if row.section not in names] if table.exists() else []
     for name in names:
         base = plan.Base(f"{FILE}:section={name}{',tiny' if tiny else ''}", {})
         asked = plan.read_file(base.name)
@@ -97,7 +100,7 @@ def run(
             asked = Sweep(asked.points[:QUICK_ROWS], seeds=1, metrics=asked.metrics)
         _, results = sweep.run(base, asked, workdir / name, budget=budget, stop=stop)
         rows += _rows(name, results, workdir / name)
-        write_json(workdir / "method_table.json", [_plain(row) for row in rows])
+        write_json(table, [_plain(row) for row in rows])
         write(workdir / "method_table.md", markdown(rows))
     return rows
 
