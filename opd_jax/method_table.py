@@ -49,6 +49,7 @@ COLUMNS = {
     "unlimited": (*_ENDS, *_KLS, Column("teacher recovered", "recovery"), *_COST),
     "others": (*_ENDS, *_KLS, Column("teacher recovered", "recovery"), *_COST),
     "opsd": (Column("sort", "accuracy/sort"), Column("sort, sampled", "sampled_accuracy/sort"), *_OLD, *_COST),
+    "switches": (Column("sort", "accuracy/sort"), Column("sort, sampled", "sampled_accuracy/sort"), *_OLD, *_COST),
     "sdpo": (Column(f"attempts to {TARGET:.0%}, k", "attempts", 1e3), Column("sort, sampled", "sampled_accuracy/sort"), *_OLD, *_COST),
     "sequence": (
         Column("new skills, when learnt", "learnt"),
@@ -66,7 +67,7 @@ COLUMNS = {
         *_COST,
     ),
     "recovery": (
-        *(Column(f"{tag}{when}", f"accuracy{key}/{tag}") for tag in ("reverse", "shift", "add") for when, key in _AFTER_AND_BEFORE),
+        *(Column(f"{tag}{when}", f"accuracy{key}/{tag}") for tag in ("reverse", "shift", "sort") for when, key in _AFTER_AND_BEFORE),
         *_COST,
     ),
 }

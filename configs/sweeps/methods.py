@@ -5,7 +5,8 @@
 Argument section: few and unlimited (an external teacher on the quickstart's task, with 48 prompts and with fresh ones); others (further
 methods beside those of few); opsd (a model that reads solutions, by who its teacher is); sdpo (rewards and siblings); sequence (three
 skills, one after the other); scale (extrapolation); mismatch (a teacher four times as sharp as it was trained to be); recovery (old skills
-after training on a new one); merge (two experts).
+after training on a new one); merge (two experts); switches (rewards for a student too weak to earn any, after a little SFT, and on prompts
+that it sometimes solves).
 Rows of a section have equal updates of equally many completions; those with @flops have as many updates as make their floating-point
 operations those of the first row. A seed draws prompts, initial weights and samples. tiny is a sweep of 2 rows and 2 seeds, for tests.
 
@@ -103,8 +104,17 @@ SECTIONS = {
             "routed_full_x4": method("", steps=400),
             "mopd_scale1.25": method("mopd", "scale=1.25"),
             "pooled": method("pooled"),
+            "pooled_confidence": method("pooled", "confidence"),
             "sft": method("sft"),
             **{f"expert_{skill}": as_it_is(f"configs/experts.py:{skill},skills=reverse+sort,level=4") for skill in ("reverse", "sort")},
+        },
+    ),
+    "switches": (
+        SELF,
+        {
+            "cold": method("grpo", "dr_grpo", **GENTLY),
+            "head_start": method("grpo", "head_start,dr_grpo", **GENTLY),
+            "middling_prompts": method("grpo", "head_start,dr_grpo", task__difficulty_low=0.05, task__difficulty_high=0.95, **GENTLY),
         },
     ),
     "recovery": (SELF, {name: method("" if name == "opd" else "sft") for name in ("opd", "sft")}),
@@ -164,10 +174,10 @@ def in_sequence(c, arg, name):
 
 def recovering(c, arg):
     """A base that was trained on another skill alone, and on its old ones again: from its own earlier self, or from labels."""
-    c.student.recipe = f"configs/base.py:mid,skill=add,seed={arg.seed}{',tiny' if arg.tiny else ''}"
+    c.student.recipe = f"configs/base.py:mid,skill=sort,seed={arg.seed}{',tiny' if arg.tiny else ''}"
     c.teacher.path, c.teacher.recipe = "", f"configs/base.py:base,seed={arg.seed}{',tiny' if arg.tiny else ''}"
     c.context.privileged.reads = ""
-    c.task.skills, c.task.learn, c.task.train_size = "reverse,shift,add", "reverse,shift", 0
+    c.task.skills, c.task.learn, c.task.train_size = "reverse,shift,sort", "reverse,shift", 0
 
 
 def get_sweep(arg=None):
