@@ -10,7 +10,7 @@ from run_directories import make
 
 from opd_jax import config as config_lib
 from opd_jax import metrics
-from opd_jax.analysis import report, runs, stats, summary
+from opd_jax.analysis import formats, report, run_tables, runs, stats, summary
 from opd_jax.config import Config
 
 
@@ -47,12 +47,12 @@ def test_the_table_says_what_was_recorded(tmp_path):
 
 
 def test_small_numbers_keep_two_digits():
-    assert [summary.number(x) for x in (0.5, -0.5, 0.096, 0.0333, 0.004, 0.00042, -0.00042)] == [
+    assert [formats.number(x) for x in (0.5, -0.5, 0.096, 0.0333, 0.004, 0.00042, -0.00042)] == [
         *("0.50", "-0.50", "0.10", "0.033", "0.0040", "0.00042", "-0.00042")
     ]
-    assert [summary.number(x) for x in (0, 1.5, 12345.678, 0.0000034, 1e-30)] == ["0.00", "1.50", "12345.68", "3.4e-06", "1e-30"]
-    assert summary.estimate((0.00042, 0.0001, 0.0123)) == "0.00042 [0.00010, 0.01230]"
-    assert summary.estimate((3e-6, 0, 0.5)) == "3e-06 [0, 0.5]" and summary.estimate((0, 0, 0.00012)) == "0.00 [0.00, 0.00012]"
+    assert [formats.number(x) for x in (0, 1.5, 12345.678, 0.0000034, 1e-30)] == ["0.00", "1.50", "12345.68", "3.4e-06", "1e-30"]
+    assert formats.estimate((0.00042, 0.0001, 0.0123)) == "0.00042 [0.00010, 0.01230]"
+    assert formats.estimate((3e-6, 0, 0.5)) == "3e-06 [0, 0.5]" and formats.estimate((0, 0, 0.00012)) == "0.00 [0.00, 0.00012]"
 
 
 def test_a_change_below_the_thousandth_is_told_in_numbers_that_differ(tmp_path):
@@ -327,7 +327,7 @@ def test_of_divergences_the_lowest_is_best(tmp_path):
 
 
 def test_fields_that_differ_between_runs_come_first_then_those_that_differ_from_their_defaults(tmp_path):
-    between, changed, same = summary.config_tables(runs.read_runs([make(tmp_path / "a"), make(tmp_path / "b", seed=4)]))
+    between, changed, same = run_tables.config_tables(runs.read_runs([make(tmp_path / "a"), make(tmp_path / "b", seed=4)]))
     assert between == [("seed", [0, 4])]
     assert dict(changed) == {"steps": [3], "task.train_size": [48]}
     assert len(between) + len(changed) + len(same) == len(config_lib.flatten(Config()))
@@ -340,7 +340,7 @@ def test_a_run_of_an_older_version_lacks_fields_and_environment(tmp_path):
     (path / "config.json").write_text(json.dumps(config))
     (run,) = runs.read_runs([path])
     assert run.config["loss.normaliser"] == "token_mean"
-    rows = dict(summary.environment_table([run]))
+    rows = dict(run_tables.environment_table([run]))
     assert set(rows) == {"updates", "training", "evaluations", "completion tokens", "tokens per second"}
     assert rows["training"] == ["6.0 s"] and rows["tokens per second"] == ["250"] and rows["evaluations"] == ["3.0 s"]
 
@@ -353,8 +353,38 @@ def test_environment_and_cost_of_each_run(tmp_path):
     ]
     sessions[1]["peak_device_bytes"] = 2**30
     (moved / "environment.json").write_text(json.dumps({"sessions": sessions}))
-    rows = dict(summary.environment_table(runs.read_runs([make(tmp_path / "a"), moved])))
+    rows = dict(run_tables.environment_table(runs.read_runs([make(tmp_path / "a"), moved])))
     assert rows["device"] == ["1 × cpu (cpu)", "8 × TPU v5e (tpu)"]
     assert rows["sessions"] == ["from update 0: 1 × cpu", "from update 0: 1 × cpu; from update 2: 8 × TPU v5e"]
     assert rows["software"][0] == "opd_jax 0.1.0, Python 3.11.9" and rows["libraries"][0] == "jax 0.10.2, numpy 2.3.0"
     assert rows["peak memory of the process"][0] == "1.50 GiB" and rows["peak memory of a device"] == ["", "1.00 GiB"]
+
+
+# ---- teachers that read more
+
+
+def measured(path, gain=0.5, **fields):
+    """A run of a self-teacher whose first record says what a solution to read adds."""
+    folder = make(path, teacher__path="student_init", context__privileged__reads="solution", **fields)
+    first, *others = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    gains = {f"context/gold_gain{end}/solution": gain + shift for end, shift in (("", 0), ("_low", -0.2), ("_high", 0.2))}
+    accuracies = {"context/accuracy": 0.03, "context/accuracy/solution": 1.0}
+    (folder / "metrics.jsonl").write_text("".join([json.dumps(json.loads(first) | gains | accuracies) + "\n", *others]))
+    return folder
+
+
+def test_what_the_context_adds_is_told(tmp_path):
+    [text] = summary.sentences(groups(measured(tmp_path / "opsd")))
+    assert "the teacher gains 0.50 [0.30, 0.70] by reading the solution (accuracy 0.030 -> 1.00)." in text
+    [text] = summary.sentences(groups(measured(tmp_path / "vacuous", gain=0.1)))
+    assert "gains 0.10 [-0.10, 0.30], which may be nothing, by reading the solution" in text
+    [text] = summary.sentences(groups(*(measured(tmp_path / f"opsd{i}", gain=0.1 * i, seed=i) for i in range(3))))
+    low, high = scipy.stats.t.interval(0.95, 2, 0.1, scipy.stats.sem([0, 0.1, 0.2]))
+    assert f"gains 0.10 [{low:.2f}, {high:.2f}], which may be nothing, by reading" in text
+
+
+def test_a_kl_that_grows_with_what_a_student_learns_is_not_told_as_a_failure(tmp_path):
+    [text] = summary.sentences(groups(measured(tmp_path / "opsd")))
+    assert "the reverse KL to itself before training, which grows with what it learns, fell from" in text
+    [text] = summary.sentences(groups(make(tmp_path / "told", context__privileged__reads="solution")))
+    assert "the forward KL to the teacher without its context fell from" in text and "gains" not in text

@@ -12,7 +12,7 @@ import jinja2
 import markupsafe
 
 from opd_jax import metrics
-from opd_jax.analysis import pages, plots, study_report, summary, token_view
+from opd_jax.analysis import pages, plots, run_tables, study_report, summary, token_view
 from opd_jax.analysis.runs import POINTS, Group, Run, group_by_seed, read_runs, series
 from opd_jax.types import UserError, one_line
 
@@ -79,7 +79,7 @@ def render(runs: Sequence[Run], studies: Sequence[study_report.Section] = ()) ->
     groups = group_by_seed(runs)
     environment = pages.make_environment()
     style, script = (_source(environment, name) for name in ("report.css", "report.js"))
-    between, changed, same = summary.config_tables(runs)
+    between, changed, same = run_tables.config_tables(runs)
     return environment.get_template("report.html.jinja").render(
         title=", ".join(group.name for group in groups),
         names=[run.name for run in runs],
@@ -95,7 +95,7 @@ def render(runs: Sequence[Run], studies: Sequence[study_report.Section] = ()) ->
         between=between,
         changed=changed,
         same=same,
-        environment=summary.environment_table(runs),
+        environment=run_tables.environment_table(runs),
         samples=[_plain_samples(run, len(runs)) for run in runs],
         worst=[(run.name, len(run.samples), token_view.worst_tokens(run)) for run in runs],
         scale=token_view.SCALE,

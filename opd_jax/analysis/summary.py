@@ -1,12 +1,12 @@
-"""What runs say in words and tables: sentences with numbers, before and after, configuration, environment and cost."""
+"""What runs say in words and tables: sentences with numbers, before and after."""
 
-import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from opd_jax import config as config_lib
-from opd_jax.analysis.runs import EVALUATED, Group, Run
+from opd_jax.analysis import context_sentence
+from opd_jax.analysis.formats import Record, estimate, mean, number
+from opd_jax.analysis.runs import EVALUATED, Group
 
 COLUMNS = dict(zip(EVALUATED, ("accuracy, greedy", "accuracy, sampled", "reverse KL", "forward KL", "entropy"), strict=True))
 # What a summary tells: the evaluations where there are some, otherwise what training measured.
@@ -29,31 +29,6 @@ METHODS = {
 }
 SIGNALS = {"nll": "negative log-likelihood", "reverse_kl": "reverse KL", "forward_kl": "forward KL", "jsd": "Jensen-Shannon divergence"}
 
-Record = dict[str, Any]
-
-
-# ---- numbers
-
-
-def number(value: float, like: float | None = None) -> str:
-    """Two decimals, below 0.1 two digits that are not 0 (of `like`, so that an interval is written as its value is)."""
-    size = abs(like or value)
-    if 0 < size < 1e-4:
-        return f"{value:.2g}"
-    return f"{value:.{1 - math.floor(math.log10(size)) if 0 < size < 0.095 else 2}f}"
-
-
-def estimate(value: tuple[float, float | None, float | None] | None) -> str:
-    """`value [low, high]`, the value alone, or nothing."""
-    if value is None:
-        return ""
-    middle, low, high = value
-    return number(middle) if low is None else f"{number(middle)} [{number(low, middle)}, {number(high, middle)}]"
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
 
 # ---- before and after
 
@@ -65,8 +40,11 @@ def _columns(groups: Sequence[Group]) -> dict[str, str]:
 
 
 def _spoken(group: Group) -> dict[str, str]:
-    """{metric: words} of the evaluations."""
-    return SPOKEN | (_graded(group)[1] if group.config["task.name"] == GRADED else {})
+    """{metric: words} of the evaluations, whose teacher reads the question alone and, where it is the student, is as it was at first."""
+    of_self, informed = group.config["teacher.path"] == "student_init", group.config["context.privileged.reads"]
+    whom = "itself before training, which grows with what it learns," if of_self else "the teacher without its context" if informed else ""
+    kls = {f"eval/{kind}_kl": f"the {kind} KL to {whom}" for kind in ("reverse", "forward")} if whom else {}
+    return SPOKEN | kls | (_graded(group)[1] if group.config["task.name"] == GRADED else {})
 
 
 def _graded(group: Group) -> tuple[dict[str, str], dict[str, str]]:
@@ -96,7 +74,7 @@ def table(groups: Sequence[Group]) -> list[list[str]]:
             after.append([group.name, _updates(group, end), *_cells(group, last, columns), *_used(group, end)])
         teacher += [record["eval/teacher_sampled_accuracy"] for record in last if "eval/teacher_sampled_accuracy" in record]
     begin = [["before training" if len(before) == 1 else ", ".join(n) + ", before", "0", *c, "", ""] for c, n in before.items()]
-    cells = [number(_mean(teacher)) if name == "eval/sampled_accuracy" and teacher else "" for name in columns]
+    cells = [number(mean(teacher)) if name == "eval/sampled_accuracy" and teacher else "" for name in columns]
     taught = [["teacher", "", *cells, "", ""]] if teacher else []
     return [["student", "updates", *(headers[name] for name in columns), "tokens", "time"], *begin, *after, *taught]
 
@@ -163,7 +141,7 @@ def _either(values: Sequence) -> str:
 
 def sentences(groups: Sequence[Group]) -> list[str]:
     """For each group what was trained, what changed and what it cost; then how the groups compare."""
-    told = [" ".join(filter(None, (_what(group), _changes(group), _cost(group)))) for group in groups]
+    told = [" ".join(filter(None, (_what(group), context_sentence.of(group), _changes(group), _cost(group)))) for group in groups]
     return told + _comparison(groups)
 
 
@@ -288,60 +266,3 @@ def _best(last: Sequence[tuple[Group, int, list[Record]]], finished: bool) -> li
         start = f"{first.name} ends with" if finished else f"So far {first.name} has"
         return [f"{start} the {better} {metric}, {estimate(best)}{at}, then {second.name}, {estimate(next_best)}{next_at}{apart}."]
     return []
-
-
-# ---- configuration, environment, cost: each row a name and one value per run
-
-Rows = list[tuple[str, list]]
-
-
-def config_tables(runs: Sequence[Run]) -> tuple[Rows, Rows, Rows]:
-    """Fields that differ between the runs, a value for each; with one value, others that differ from their defaults; the rest."""
-    defaults = config_lib.flatten(config_lib.Config())
-    between, changed, same = [], [], []
-    for name in dict.fromkeys(name for run in runs for name in run.config):
-        values = [run.config.get(name) for run in runs]
-        if any(value != values[0] for value in values):
-            between.append((name, values))
-        else:
-            (changed if values[0] != defaults.get(name) else same).append((name, values[:1]))
-    return between, changed, same
-
-
-def environment_table(runs: Sequence[Run]) -> Rows:
-    """What each run ran on, by the notes of its sessions, and what it cost; a row where some run knows its value."""
-    facts: dict[str, Callable[[Run], Any]] = {
-        "device": lambda run: f"{(s := run.sessions[-1])['devices']} × {s['device_kind']} ({s['platform']})",
-        "host": lambda run: f"{(s := run.sessions[-1])['cpu_count']} cores of {s['cpu']}, {s['system']}",
-        "processes": lambda run: run.sessions[-1]["processes"],
-        "software": lambda run: f"opd_jax {run.sessions[-1]['opd_jax']}, Python {run.sessions[-1]['python']}",
-        "libraries": lambda run: ", ".join(f"{name} {version}" for name, version in run.sessions[-1]["libraries"].items()),
-        "sessions": lambda run: "; ".join(f"from update {s['from_step']}: {s['devices']} × {s['device_kind']}" for s in run.sessions),
-        "updates": lambda run: f"{run.step:,}",
-        "training": lambda run: _duration(run.last("time/total_seconds")),
-        "evaluations": lambda run: _duration(sum(r["time/eval_seconds"] for r in run.records if "time/eval_seconds" in r)),
-        "completion tokens": lambda run: f"{run.last('rollout/tokens_total'):,}",
-        "tokens per second": lambda run: f"{run.last('rollout/tokens_total') / run.last('time/total_seconds'):,.0f}",
-        "peak memory of the process": lambda run: _bytes(max(s.get("peak_host_bytes", 0) for s in run.sessions)),
-        "peak memory of a device": lambda run: _bytes(max(s.get("peak_device_bytes", 0) for s in run.sessions)),
-    }
-    rows = [(name, [_or_nothing(fact, run) for run in runs]) for name, fact in facts.items()]
-    return [(name, values) for name, values in rows if any(values)]
-
-
-def _or_nothing(fact: Callable[[Run], Any], run: Run) -> str:
-    """Notes of other versions, and runs that have just begun, lack some facts."""
-    try:
-        return str(fact(run))
-    except (KeyError, IndexError, TypeError, ValueError, ArithmeticError, AttributeError):
-        return ""
-
-
-def _duration(seconds: float) -> str:
-    if not seconds:
-        return ""
-    return f"{seconds:,.1f} s" if seconds < 600 else f"{seconds / 60:,.0f} min"
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count else ""
