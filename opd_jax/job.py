@@ -159,6 +159,7 @@ def _checked(config: Config, workdir: str | os.PathLike, own_task: tasks.Task | 
     if not os.fspath(workdir):
         raise UserError("--workdir='' is no folder; give the folder of the run")
     objective = objective_lib.from_config(config, has_teacher=config_lib.has_teacher(config))
+    recipes.check(config, resumed=bool(checkpoint.Checkpoints(pathlib.Path(workdir) / "checkpoints").steps()))
     trackers.check(config.log)
     mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     task = tasks.from_config(config, own_task)

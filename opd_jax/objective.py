@@ -87,6 +87,8 @@ def from_config(config: Config, *, has_teacher: bool) -> Objective:
         if not needing.estimator.signal.needs_target:
             asked = f"{GATES[needing.name]}.kind = {needing.gate.kind!r}"
         raise ConfigError(f"config field teacher.path = '' must name a model, because {asked} needs a teacher")
+    if not needing:
+        _refuse_idle(config)
     # Cross-entropy needs no teacher, and the metrics that compare with one speak of the student's own completions.
     scored = has_teacher and not keeps_scores(config) and (bool(needing) or config.rollout.source in ("student", "mix"))
     if config.extrapolation.adaptive and not (scored and needing):
@@ -96,6 +98,20 @@ def from_config(config: Config, *, has_teacher: bool) -> Objective:
         )
     several = len(teachers.asked(config)) > 1
     return Objective(parts, config.rollout.max_new_tokens, scored, config.log.diagnostics, several)
+
+
+def _refuse_idle(config: Config) -> None:
+    """Refuses what changes the teacher's law where no term compares with it. Raises ConfigError."""
+    asks = config.preference.weight and config.preference.judge != "reward"
+    for field, value, neutral in (
+        ("context.privileged.reads", config.context.privileged.reads, ""),
+        ("extrapolation.scale", config.extrapolation.scale, 1.0),
+    ):
+        if value != neutral and not asks:
+            raise ConfigError(
+                f"config field {field} = {value!r} changes what a teacher says, and no term of the loss compares with one; give "
+                f"signal.divergence and signal.weight such a term, or use {neutral!r}"
+            )
 
 
 # Part -> the config block of its gate.

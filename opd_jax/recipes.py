@@ -34,6 +34,19 @@ def run_recipes(config: Config, make_model: Callable[[str, str], str], *, resume
     return dataclasses.replace(config, student=student, teacher=teacher, reference=reference)
 
 
+def check(config: Config, *, resumed: bool = False) -> None:
+    """Refuses recipes that are no configs, those that they name themselves included. Raises ConfigError."""
+    sources = [config.teacher, *config.teacher.members.values()]
+    sources += [config.student] if not resumed or _needs_beginning(config) else []
+    named = [source.recipe for source in sources if source.recipe and not source.path]
+    if config_lib.needs_reference(config) and config.reference.recipe and config.reference.path == config_lib.Reference.path:
+        named.append(config.reference.recipe)
+    if config.rollout.cache_recipe and not config.rollout.cache:
+        named.append(config.rollout.cache_recipe)
+    for recipe in dict.fromkeys(named):
+        check(config_lib.parse(config_lib.load_config(recipe)))
+
+
 def with_store(config: Config, make_store: Callable[[str, str], str]) -> Config:
     """Replaces rollout.cache_recipe by the folder of its store; a folder that is given goes before it."""
     if not config.rollout.cache_recipe:

@@ -32,8 +32,9 @@ def domains_P(examples: Sequence[Example]) -> np.ndarray:
 def check(config: Config, examples: Iterable[Example]) -> None:
     """Refuses an example for which there is no teacher, or no term at all. Raises ConfigError."""
     examples = list(examples)
+    for_all = config.preference.weight > 0 or config.loss.labels > 0
     for example in examples:
-        if not (distilled(config, example) or rewarded(config, example)):
+        if not (for_all or distilled(config, example) or rewarded(config, example)):
             raise ConfigError(
                 f"config field masking.tags = {config.masking.tags!r} and reward.tags = {config.reward.tags!r} have neither the tag "
                 f"{example.tag!r} of the example {example.prompt[:40]!r}; name it in one of them (reward.weight = {config.reward.weight:g})"

@@ -89,3 +89,18 @@ def test_a_run_says_what_spoils_the_claim_of_its_estimator():
 def test_choices_of_the_estimator_that_do_not_fit_are_refused(rollout, estimator, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         claim_of(rollout, estimator)
+
+
+@pytest.mark.parametrize(
+    "blocks, words",
+    [
+        ({"context": config_lib.Context(privileged=config_lib.Privileged(reads="solution"))}, "context.privileged.reads = 'solution'"),
+        ({"extrapolation": config_lib.Extrapolation(scale=1.25)}, "extrapolation.scale = 1.25"),
+    ],
+)
+def test_a_law_that_nothing_is_compared_with_is_not_changed(blocks, words):
+    with pytest.raises(ConfigError, match=f"config field {words} changes what a teacher says, and no term of the loss compares with one"):
+        objective.from_config(config_lib.Config(signal=config_lib.Signal("nll"), **blocks), has_teacher=True)
+    objective.from_config(config_lib.Config(**blocks), has_teacher=True)
+    ranked = config_lib.Preference(weight=1.0)
+    objective.from_config(config_lib.Config(signal=config_lib.Signal("nll"), preference=ranked, **blocks), has_teacher=True)

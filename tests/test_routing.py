@@ -38,6 +38,11 @@ def test_one_of_both_terms_is_enough():
         routing.check(config_of(masking=config_lib.Masking(tags=masking), reward=dataclasses.replace(REWARD, tags=reward)), EXAMPLES)
 
 
+@pytest.mark.parametrize("blocks", [{"preference": config_lib.Preference(weight=1.0)}, {"loss": config_lib.Loss(labels=1.0)}])
+def test_terms_of_all_examples_are_enough(blocks):
+    routing.check(config_of(masking=config_lib.Masking(tags="x"), **blocks), EXAMPLES)
+
+
 def test_a_tag_without_a_teacher_is_refused_unless_it_is_not_distilled():
     several = config_lib.Teacher(members={name: config_lib.Member(path=name) for name in "xz"})
     with pytest.raises(UserError, match="no member has the tag 'y'"):

@@ -326,6 +326,19 @@ def test_recipes_that_cannot_be_used_are_named(name, text, words, tmp_path):
         train.load_config(str(tmp_path / name))
 
 
+def test_a_recipe_of_a_recipe_with_a_wrong_argument_is_refused_before_there_is_a_folder(tmp_path):
+    outer = tmp_path / "outer.py"
+    outer.write_text(
+        "from opd_jax import config\n\n\ndef get_config(arg=None):\n    c = config.default()\n"
+        "    c.student.recipe = 'configs/quickstart.py:studnet'\n    return c\n"
+    )
+    c = sft_config()
+    c.student.recipe = str(outer)
+    with pytest.raises(UserError, match="'studnet' is not known; valid: .*did you mean student"):
+        next(train.run(c, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def jsonl_config(teacher, path):
     c = opd_config(teacher, steps=2)
     c.task.name, c.task.path, c.task.eval_size, c.rollout.group_size = "jsonl", str(path), 1, 1

@@ -228,7 +228,8 @@ def _cost(group: Group) -> str:
 def _device(session: Record) -> str:
     """What the arithmetic ran on: a CPU by its name and cores, an accelerator by its kind and number."""
     if session.get("platform") == "cpu":
-        return f"{session.get('cpu_count')} cores of {session.get('cpu')}"
+        count = session.get("cpu_count")
+        return f"{count} core{'' if count == 1 else 's'} of {session.get('cpu')}"
     return f"{session.get('devices')} × {session.get('device_kind')}"
 
 
