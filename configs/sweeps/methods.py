@@ -3,10 +3,10 @@
     python experiments/sweep.py --config=configs/sweeps/methods.py --workdir=runs/methods_few
 
 Argument section: few and unlimited (an external teacher on the quickstart's task, with 48 prompts and with fresh ones); others (further
-methods beside those of few); opsd (a model that reads solutions, by who its teacher is); sdpo (rewards and siblings); sequence (three
-skills, one after the other); scale (extrapolation); mismatch (a teacher four times as sharp as it was trained to be); recovery (old skills
-after training on a new one); merge (two experts); switches (rewards for a student too weak to earn any, after a little SFT, and on prompts
-that it sometimes solves).
+methods beside those of few; lightning begins where seq_kd ends); opsd (a model that reads solutions, by who its teacher is); sdpo (rewards
+and siblings); sequence (three skills, one after the other); scale (extrapolation); mismatch (a teacher four times as sharp as it was
+trained to be); recovery (old skills after training on a new one); merge (two experts); switches (rewards for a student too weak to earn
+any, after a little SFT, and on prompts that it sometimes solves).
 Rows of a section have equal updates of equally many completions; those with @flops have as many updates as make their floating-point
 operations those of the first row. A seed draws prompts, initial weights and samples. tiny is a sweep of 2 rows and 2 seeds, for tests.
 
@@ -17,7 +17,8 @@ from opd_jax import config, sweeps
 
 # Settings: the config file that a row starts from, before its method's axes.
 QUICK, SELF, EXPERTS = "configs/quickstart.py", "configs/base.py", "configs/experts.py"
-HOMES = {"opsd": SELF, "sdft": SELF, "sdpo": SELF, "mopd": EXPERTS, "pooled": EXPERTS}  # settings of methods' own files; others: QUICK
+# Settings of methods' own files; others: QUICK.
+HOMES = {"opsd": SELF, "sdft": SELF, "sdpo": SELF, "mopd": EXPERTS, "pooled": EXPERTS, "routed": EXPERTS}
 # Of sdpo and sequence: with the larger steps of the setting a student loses what it could, reading contexts included.
 GENTLY = {"steps": 200, "learner__learning_rate": 3e-4}
 LONG = GENTLY | {"eval__every": 20}
@@ -75,7 +76,17 @@ def sharpened(temperature):
 SECTIONS = {
     "few": (QUICK, external(48)),
     "unlimited": (QUICK, external(0)),
-    "others": (QUICK, {name: method(name, "prompts=48") for name in OTHERS}),
+    "others": (
+        QUICK,
+        {
+            "opd": method("", "prompts=48"),
+            **{name: method(name, "prompts=48") for name in OTHERS},
+            "forward_on_student": method("kl_prefix_2x2", "prompts=48,forward_kl"),
+            "reverse_on_teacher": method("kl_prefix_2x2", "prompts=48,teacher"),
+            "forward_on_teacher": method("kl_prefix_2x2", "prompts=48,teacher,forward_kl"),
+            "lightning": method("lightning", "prompts=48"),
+        },
+    ),
     "opsd": (
         SELF,
         {teacher: method("opsd", teacher) for teacher in ("frozen", "ema", "trust_region", "live")}
@@ -103,6 +114,7 @@ SECTIONS = {
             "routed_full": method(""),
             "routed_full_x4": method("", steps=400),
             "mopd_scale1.25": method("mopd", "scale=1.25"),
+            "routed": method("routed"),
             "pooled": method("pooled"),
             "pooled_confidence": method("pooled", "confidence"),
             "sft": method("sft"),
