@@ -81,6 +81,7 @@ SECTIONS = {
         {
             "opd": method("", "prompts=48"),
             **{name: method(name, "prompts=48") for name in OTHERS},
+            "dpo_gently": method("dpo", "prompts=48", learner__learning_rate=3e-4),
             "forward_on_student": method("kl_prefix_2x2", "prompts=48,forward_kl"),
             "reverse_on_teacher": method("kl_prefix_2x2", "prompts=48,teacher"),
             "forward_on_teacher": method("kl_prefix_2x2", "prompts=48,teacher,forward_kl"),
