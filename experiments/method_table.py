@@ -1,4 +1,4 @@
-"""Compares the methods of the field at equal budgets, over 3 seeds, and writes the tables of the README's section on methods.
+"""Compares the methods of the field at equal budgets, over 3 seeds, and writes the tables of docs/results.md.
 
 python experiments/method_table.py --workdir=runs/method_table [--sections=few,sdpo] [--quick] [--workers=2]
 

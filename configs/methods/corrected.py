@@ -9,7 +9,8 @@ the vocabulary. The student's tokens before the cut are read and have no loss.
 The teacher takes over on states of the student as the expert does in DAgger (Ross, Gordon and Bagnell 2011), but only once and to the end,
 and nothing is kept; speculative knowledge distillation (SKD) replaces single tokens. No paper's procedure is copied.
 
-On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too. NOT MEASURED.
+On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too.
+Figures: docs/results.md.
 """
 
 from opd_jax import config

@@ -8,7 +8,8 @@ far, whose labels the teacher gave when they were written. Argument labels: hard
 signal.divergence=top1_cross_entropy), or soft, its top k=16 with one entry for the rest, forward KL.
 Differs in that it goes on from its parameters where the paper fits anew each round, and returns the last iterate, not the best one.
 
-On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too. NOT MEASURED.
+On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too.
+Figures: docs/results.md.
 """
 
 from opd_jax import config

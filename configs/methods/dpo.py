@@ -6,7 +6,8 @@ Axes: signal.weight=0, preference.weight=1, 4 completions of a prompt, of which 
 2402.04792: two completions and a judge); the reference is the student as it was. Argument judge: teacher (the teacher's log-prob of the
 completion), teacher_mean (per token) or reward (the verifier, no teacher); beta=0.1. Prompts without a difference have no pair.
 
-On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too. NOT MEASURED.
+On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too.
+Figures: docs/results.md.
 """
 
 from opd_jax import config

@@ -4,7 +4,8 @@
 
 Axes: extra_signal.divergence=forward_kl with weight 1 and the gate teacher_entropy_above (argument threshold=0.8 nats).
 
-On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too. NOT MEASURED.
+On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too.
+Figures: docs/results.md.
 """
 
 from opd_jax import config

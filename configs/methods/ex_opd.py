@@ -6,7 +6,8 @@ Axes: extrapolation.scale=1.25 (argument scale; the authors fix 1.25 and find 1.
 paper's reward correction takes the teacher before its own RL as the reference: --config.reference.path=DIR. Argument full: the exact
 divergence to the normalised target in place of the sampled log-ratio.
 
-On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too. NOT MEASURED.
+On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too.
+Figures: docs/results.md.
 """
 
 from opd_jax import config

@@ -6,7 +6,8 @@ Axes: extrapolation.scale=lambda (argument scale=0.5: between the reference and 
 advantage of a sampled token is lambda (log q - log r) - (log pi - log r), as published without a normaliser. scale=1 is plain distillation
 and does not look at the reference; beyond 1 see ex_opd.py.
 
-On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too. NOT MEASURED.
+On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too.
+Figures: docs/results.md.
 """
 
 from opd_jax import config

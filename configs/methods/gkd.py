@@ -8,7 +8,7 @@ mean over each completion first (loss.normaliser=sequence_mean, eq. 2). No gradi
 (eq. 5) is reward.weight with on_policy=1.
 
 On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too.
-Figures: README, Results of the methods.
+Figures: docs/results.md.
 """
 
 from opd_jax import config

@@ -10,7 +10,7 @@ it was, exact over the vocabulary. (GRPO differentiates k3 as a loss, which foll
 --config.regulariser.divergence=forward_kl; the other three have no such term.)
 
 On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too.
-Figures: README, Results of the methods.
+Figures: docs/results.md.
 """
 
 from opd_jax import config

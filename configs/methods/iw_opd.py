@@ -4,7 +4,8 @@
 
 Axes: gate.kind=importance_decay (argument gain=0.5), w_t = 1 + gain (1 - sum_{i<t} |l_i| / sum |l|), on the sampled log-ratio.
 
-On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too. NOT MEASURED.
+On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too.
+Figures: docs/results.md.
 """
 
 from opd_jax import config

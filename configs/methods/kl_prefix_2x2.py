@@ -6,7 +6,8 @@ Axes: rollout.source and signal.divergence, independent of each other (arguments
 distillation, teacher and forward_kl what cross-entropy on the teacher's samples follows in expectation. As a sweep:
 configs/sweeps/direction_source.py.
 
-On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too. NOT MEASURED.
+On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too.
+Figures: docs/results.md.
 """
 
 from opd_jax import config

@@ -11,7 +11,8 @@ sampled token's log-prob (forward KL with one entry for the rest), correct=cumul
 No update asks the teacher. It is loaded for the evaluation's KL alone: --config.teacher.recipe= leaves it out. Stores of your own:
 experiments/score_cache.py, then --config.rollout.cache=DIR.
 
-On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too. NOT MEASURED.
+On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too.
+Figures: docs/results.md.
 """
 
 from opd_jax import config

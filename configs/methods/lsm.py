@@ -11,7 +11,7 @@ never learns to stop: its completions have a fixed length). Argument variant, of
 The gradient of v4 and v5, as published, is off by that of the mass on the support, which the run's claim says.
 
 On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too.
-Figures: README, Results of the methods.
+Figures: docs/results.md.
 """
 
 from opd_jax import config

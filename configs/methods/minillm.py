@@ -8,7 +8,7 @@ the student's exact KLs, where the paper has log-ratios of tokens that the mixtu
 them by their number (its length normalisation), discount=G discounts them. Its language-modelling loss on other text is not here.
 
 On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too.
-Figures: README, Results of the methods.
+Figures: docs/results.md.
 """
 
 from opd_jax import config

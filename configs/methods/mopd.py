@@ -11,7 +11,7 @@ scale=1.25 goes beyond each expert, away from the student as it was (ExOPD with 
 expert: there the student as it was is the teacher, so that it does not forget.
 
 Experts and student are those of configs/experts.py, whose arguments (skills, level, prompts, seed, and tiny: a run of seconds) it takes
-too. Figures: README, Results of the methods.
+too. Figures: docs/results.md.
 """
 
 from opd_jax import config

@@ -9,8 +9,8 @@ topk=K: both laws renormalised on the teacher's K best tokens (the authors' scri
 temperature 1.1 with top-p 0.95 and top-k 20: `paper_law`. `reason_first`: the teacher first writes an analysis of the solution, and
 reads it (the base here was not trained to write one).
 
-In the setting of configs/base.py, whose arguments (skill, head_start, prompts, seed, level, width, tiny) it takes too. Figures: README,
-Results of the methods.
+In the setting of configs/base.py, whose arguments (skill, head_start, prompts, seed, level, width, tiny) it takes too. Figures:
+docs/results.md.
 """
 
 from opd_jax import config

@@ -7,7 +7,7 @@ DeepSeek-V4), arithmetic (forward KL: what sum_m w_m KL(q_m || pi) follows), con
 at each token: the confidence softmax of MAD-OPD, arXiv 2605.01347, without its debate). Weights are equal otherwise.
 
 Experts and student are those of configs/experts.py, whose arguments (skills, level, prompts, seed, and tiny: a run of seconds) it takes
-too. Figures: README, Results of the methods.
+too. Figures: docs/results.md.
 """
 
 from opd_jax import config

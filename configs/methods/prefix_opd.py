@@ -5,7 +5,8 @@
 Axes: masking.first_only (argument first=6 tokens) on the exact reverse KL. The paper stops sampling there too; here the completion is drawn
 to its end, and the rest of it has no loss: set rollout.max_new_tokens to save it.
 
-On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too. NOT MEASURED.
+On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too.
+Figures: docs/results.md.
 """
 
 from opd_jax import config

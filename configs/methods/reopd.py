@@ -7,7 +7,8 @@ agree on the drawn token (tau=0.007), gamma follows a budget that the first 10 u
 open, and how it is read here, is in opd_jax/numerics/extrapolation.py. gain=0.0 is plain distillation. Argument full: the exact divergence
 to the normalised target in place of the sampled log-ratio.
 
-On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too. NOT MEASURED.
+On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too.
+Figures: docs/results.md.
 """
 
 from opd_jax import config

@@ -11,7 +11,8 @@ Axes: signal.weight, reward.weight, reward.only, masking.solved; 8 completions o
             published share falls from step to step, here it is a constant
 share=0.5 is the default. The reward's advantage is rloo, which is unbiased.
 
-On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too. NOT MEASURED.
+On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too.
+Figures: docs/results.md.
 """
 
 from opd_jax import config

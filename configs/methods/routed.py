@@ -8,7 +8,7 @@ the skill with a teacher (other skills of the run have a verifier). Each term is
 tokens, so that neither skill outweighs the other by its length.
 
 Experts and student are those of configs/experts.py, whose arguments (skills, level, prompts, seed, tiny: a run of seconds) it takes too.
-NOT MEASURED.
+Figures: docs/results.md.
 """
 
 from opd_jax import config

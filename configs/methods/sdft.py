@@ -7,8 +7,8 @@ forward_kl as the official code has it by default, or reverse_kl as the paper wr
 out (the code has 0, some of its runs 3: too many of 6 here). importance: weights by the ratio to the law that sampled, cut off at 2 token
 by token; the code averages them over a completion, which is not here.
 
-In the setting of configs/base.py, whose arguments (skill, head_start, prompts, seed, level, width, tiny) it takes too. Figures: README,
-Results of the methods.
+In the setting of configs/base.py, whose arguments (skill, head_start, prompts, seed, level, width, tiny) it takes too. Figures:
+docs/results.md.
 """
 
 from opd_jax import config

@@ -8,8 +8,8 @@ Argument runs: plain (the code's actor.yaml: JSD 0.5, k = 100, EMA 0.05) or rich
 0.01). teacher=ema, trust_region, frozen or live. hybrid=W: W times the term of the centred reward (GRPO without its deviation, as the
 authors' baseline has it) and 1 - W times this one. feedback=only_without: off for solved prompts, or always.
 
-In the setting of configs/base.py, whose arguments (skill, head_start, prompts, seed, level, width, tiny) it takes too. Figures: README,
-Results of the methods.
+In the setting of configs/base.py, whose arguments (skill, head_start, prompts, seed, level, width, tiny) it takes too. Figures:
+docs/results.md.
 """
 
 from opd_jax import config

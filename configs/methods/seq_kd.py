@@ -9,7 +9,7 @@ does not accept (masking.failed=drop); word=W is the paper's mixture, weight W f
 1 - W for their cross-entropy (extra_signal; of stored ones on the teacher's top 16 with one entry for the rest).
 
 On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too.
-Figures: README, Results of the methods.
+Figures: docs/results.md.
 """
 
 from opd_jax import config

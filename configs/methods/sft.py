@@ -5,7 +5,7 @@
 Axes: rollout.source=dataset, signal.divergence=nll. Baseline of every method here.
 
 On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too.
-Figures: README, Results of the methods.
+Figures: docs/results.md.
 """
 
 from opd_jax import config

@@ -7,7 +7,8 @@ whatever tau is, and cross-entropy with weight hard. Arguments: tau=2, hard=0.5.
 baseline of GKD, but for the normaliser (sequence_mean there).
 Differs from token-level distillation on the teacher's samples in who wrote the completions alone.
 
-On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too. NOT MEASURED.
+On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too.
+Figures: docs/results.md.
 """
 
 from opd_jax import config

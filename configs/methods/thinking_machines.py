@@ -7,7 +7,7 @@ tokens (loss.normaliser=sequence_sum, as tinker's importance_sampling loss, whic
 completions of a prompt. Completions are used once, by the parameters that wrote them, so that the loss's ratio is 1.
 
 On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too.
-Figures: README, Results of the methods.
+Figures: docs/results.md.
 """
 
 from opd_jax import config

@@ -5,7 +5,8 @@
 Axes: signal.support=sampled, estimator.baseline=kl. The baseline keeps the expected gradient; whether it lowers the variance depends on the
 pair (README, Which one, when).
 
-On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too. NOT MEASURED.
+On the pair of the quickstart, whose arguments (prompts, seed, level, width, and tiny: a run of seconds) it takes too.
+Figures: docs/results.md.
 """
 
 from opd_jax import config

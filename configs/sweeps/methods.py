@@ -10,7 +10,7 @@ any, after a little SFT, and on prompts that it sometimes solves).
 Rows of a section have equal updates of equally many completions; those with @flops have as many updates as make their floating-point
 operations those of the first row. A seed draws prompts, initial weights and samples. tiny is a sweep of 2 rows and 2 seeds, for tests.
 
-What it costs and what came out: the README's section on methods, made by experiments/method_table.py.
+What it costs and what came out: docs/results.md, made by experiments/method_table.py.
 """
 
 from opd_jax import config, sweeps
