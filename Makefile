@@ -6,7 +6,16 @@ LOCK ?= --constraint requirements.lock
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 QUICKSTART := configs/quickstart.py
 
-.PHONY: quickstart study test test-fast setup lint lock clean
+# glibc gives freed memory back to the system, and every step faults it in again. Kept, and in huge pages, a step on a CPU is faster; read
+# when a process starts. As in opd_jax/bench/processes.py. What is set already stays.
+ifeq ($(firstword $(shell getconf GNU_LIBC_VERSION 2>/dev/null)),glibc)
+quickstart study bench: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+quickstart study bench: export MALLOC_MMAP_MAX_ ?= 0
+quickstart study bench: export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
+quickstart study bench: export MALLOC_TOP_PAD_ ?= 268435456
+endif
+
+.PHONY: bench quickstart study test test-fast setup lint lock clean
 .DEFAULT_GOAL := quickstart
 
 .venv/created:
@@ -35,6 +44,10 @@ quickstart: .venv/installed
 study: .venv/installed
 	$(BIN)/python experiments/claims.py
 	$(BIN)/python experiments/study.py $(ARGS)
+
+# Each phase of a step beside the machine's limits, and beside other systems. ARGS=--quick: in under 2 minutes; ARGS=--curves: more.
+bench: .venv/tests-installed
+	$(BIN)/python experiments/bench.py $(ARGS)
 
 lint: .venv/tests-installed
 	$(BIN)/ruff check .

@@ -20,6 +20,7 @@ from opd_jax import (
     labels,
     learner,
     machine,
+    memory_plan,
     metrics,
     parallel,
     recipes,
@@ -108,7 +109,7 @@ def setup(
     parsed = rewards.with_own(tasks.with_own(parsed, own_task), own_judge)
     objective, mesh, task = _checked(parsed, workdir, own_task)
     asked, workdir = parsed, pathlib.Path(workdir)
-    _say_which_gradient(parsed, objective, progress)
+    _announce(parsed, objective, mesh, progress)
     optimizer = learner.make_optimizer(parsed.learner, parsed.steps)
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=parsed.checkpoint.keep)
     resumed = bool(checkpoints.steps())
@@ -199,6 +200,12 @@ def _begin_or_resume(
         difficulty.write(workdir, measured)
     trained = _init_adapter(pair.student, config.seed, mesh) if pair.student.lora else pair.student.params
     return learner.init_state(trained, optimizer, bank), 0, {"tokens_total": 0, "seconds": 0.0, **identity}
+
+
+def _announce(config: Config, objective: objective_lib.Objective, mesh: Mesh, progress: metrics.Progress) -> None:
+    """Which gradient is followed, and what it will need of the memory. Raises UserError where it cannot fit."""
+    _say_which_gradient(config, objective, progress)
+    progress.phase(memory_plan.preflight(config, mesh))
 
 
 def _say_which_gradient(config: Config, objective: objective_lib.Objective, progress: metrics.Progress) -> None:

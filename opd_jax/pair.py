@@ -17,6 +17,7 @@ from opd_jax.data.pipeline import Encoder
 from opd_jax.model_io import LoadedModel
 from opd_jax.models import config as model_config_lib
 from opd_jax.models import hf, lora, spec, transformer
+from opd_jax.models.config import ModelConfig
 from opd_jax.models.lora import LoraConfig
 from opd_jax.types import UserError
 
@@ -42,7 +43,7 @@ def open_pair(config: Config, resumed_from: pathlib.Path | None, mesh: Mesh) -> 
 
     Raises UserError for a model, tokenizer or template that cannot be used, and for a teacher whose ids are not the student's.
     """
-    adapter = _lora_config(config.student.lora)
+    adapter = adapter_config(config.student.lora)
     if resumed_from is not None and adapter is None:
         student = model_io.read_description(resumed_from)
     elif config.student.path:
@@ -89,7 +90,8 @@ def _open_other(config: Config, path: str, student: LoadedModel, mesh: Mesh, res
     return dataclasses.replace(student, params=jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), student.params))
 
 
-def _lora_config(settings: config_lib.Lora) -> LoraConfig | None:
+def adapter_config(settings: config_lib.Lora) -> LoraConfig | None:
+    """The adapter that a config asks for; None: all weights are trained. Raises ConfigError."""
     if not settings.rank:
         return None
     names = lora.MODULES if settings.targets == "all" else tuple(settings.targets.split(","))
@@ -122,9 +124,8 @@ def _prepare(model: LoadedModel, tokenizer: tokenizer_lib.Tokenizer, field: str,
     return dataclasses.replace(model, config=dataclasses.replace(model.config, **settings))
 
 
-def _random_student(config: Config, mesh: Mesh) -> LoadedModel:
-    tokenizer = tokenizer_lib.load(config.student.tokenizer)
-    shape = config.student.init
+def random_outline(shape: config_lib.Architecture, tokenizer: tokenizer_lib.Tokenizer) -> ModelConfig:
+    """The shape of a model with random weights. Raises UserError."""
     given = {name: value for name, value in dataclasses.asdict(shape).items() if value or isinstance(value, bool)}
     fields = given | {
         "head_dim": shape.head_dim or shape.hidden_size // shape.num_attention_heads,
@@ -134,7 +135,12 @@ def _random_student(config: Config, mesh: Mesh) -> LoadedModel:
         "pad_token_id": tokenizer.pad_id,
     }
     hf.check_fields(fields, where="student.init")
-    model_config = model_config_lib.from_hf(fields, where="student.init")
+    return model_config_lib.from_hf(fields, where="student.init")
+
+
+def _random_student(config: Config, mesh: Mesh) -> LoadedModel:
+    tokenizer = tokenizer_lib.load(config.student.tokenizer)
+    model_config = random_outline(config.student.init, tokenizer)
     key = jax.random.fold_in(jax.random.key(config.seed), 0x1A17)
     try:
         params = transformer.init(key, model_config, mesh=mesh)

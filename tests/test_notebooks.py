@@ -169,3 +169,23 @@ def test_the_notebook_of_estimators_shows_claims_that_hold(tmp_path):
     assert {float(e) > 0.01 for law, kind, e in errors if law == "top-p" or kind in ("none", "token")} == {True}
     assert "token_kl_baseline" in text and "references: [" in text
     assert len(outputs(notebook, "image/png")) == 2
+
+
+@pytest.mark.slow
+def test_the_notebook_of_meshes_gives_the_numbers_of_one_device(tmp_path):
+    """Eight virtual devices: how parameters lie, plans of larger pairs, a run beside that of one device, a model out and in."""
+    notebook = execute(read(ROOT / "colab" / "03_mesh_and_models.ipynb"), tmp_path)
+    assert not [output for cell in code(notebook) for output in cell.outputs if output.output_type == "error"]
+    text = printed(notebook)
+    assert "on 8 devices" in text and "{'data': 1, 'fsdp': 4, 'tensor': 2}" in text
+    assert re.search(r"^gate +\(64, 192\) +\('embed', 'ffn'\) +-> P\w*\('fsdp', 'tensor'\)$", text, re.MULTILINE)
+    assert float(re.search(r"the first device holds ([\d.]+)% of the bytes", text)[1]) < 15
+    error, size = re.search(r"largest difference of a logit: (\S+) of (\S+)$", text, re.MULTILINE).groups()
+    assert float(error) < 1e-5 < float(size)
+    assert re.search(r"^teacher +always +7\.6 GiB  counted$", text, re.MULTILINE)  # 32.76 billion times 2 bytes, on 8 devices
+    updates = re.findall(r"^update (\d): reverse KL ([\d.]+) on one device, ([\d.]+) on the mesh$", text, re.MULTILINE)
+    assert [step for step, *_ in updates] == ["1", "2"]
+    assert all(float(alone) == pytest.approx(float(together), rel=1e-3) for _, alone, together in updates)
+    assert len(re.findall(r"^(one|mesh): memory planned (on the|per) device: ", text, re.MULTILINE)) == 2
+    assert "the same logits, bit for bit: True" in text and "config.json model.safetensors" in text
+    assert len(outputs(notebook, "image/png")) == 1
