@@ -14,11 +14,13 @@ def laws(student, teacher, valid=8):
     return (np.asarray(jax.nn.softmax(dense(head).logits_BTV[..., :valid], axis=-1)) for head in (student, teacher))
 
 
-def test_statistics_of_a_support_equal_loops(float64):
+@pytest.mark.parametrize("columns", [None, 3])
+def test_statistics_of_a_support_equal_loops(columns, float64):
     student, teacher, tokens_BT = heads(jnp.float64, valid=8)
     needs, k = ("mass", "target_mass", "overlap"), 3
+    settings = {"needs": needs, "tile": 2, "tile_columns": columns}
     found = {
-        support: token_stats(student, Target((teacher,)), tokens_BT, signal=Signal("reverse_kl", support, k=k), needs=needs, tile=2)
+        support: token_stats(student, Target((teacher,)), tokens_BT, signal=Signal("reverse_kl", support, k=k), **settings)
         for support in ("topk_teacher", "topk_student", "topk_union", "topk_union+token")
     }
     p, q = laws(student, teacher)
@@ -81,17 +83,18 @@ def test_extra_tokens_have_log_probs_with_gradients(float64):
     pick = lambda x: jnp.take_along_axis(x, extra_BTN, axis=-1)
     signal = Signal("reverse_kl", student_temperature=0.7, teacher_temperature=0.7)
 
-    def ours(hidden, tile):
+    def ours(hidden, tile, columns):
         head, needs = Head(hidden, student.unembed_DV, 2.0, student.valid_V), ("logp", "extra_logp", "extra_target_logp")
-        stats = token_stats(head, Target((teacher,)), tokens_BT, signal=signal, needs=needs, extra_tokens_BTN=extra_BTN, tile=tile)
+        settings = {"needs": needs, "extra_tokens_BTN": extra_BTN, "tile": tile, "tile_columns": columns}
+        stats = token_stats(head, Target((teacher,)), tokens_BT, signal=signal, **settings)
         return jnp.sum(weight_BTN * stats.extra_logp_BTN) + jnp.sum(stats.logp_BT), stats
 
     def plain(hidden):
         logp = log_softmax(Head(hidden, student.unembed_DV, 2.0))
         return jnp.sum(weight_BTN * pick(logp)) + jnp.sum(jnp.take_along_axis(logp, tokens_BT[..., None], axis=-1))
 
-    for tile in (2, T):
-        gradient, stats = jax.grad(ours, has_aux=True)(student.hidden_BTD, tile)
+    for tile in ((2, None), (T, None), (2, 4)):
+        gradient, stats = jax.grad(ours, has_aux=True)(student.hidden_BTD, *tile)
         np.testing.assert_allclose(stats.extra_logp_BTN, pick(log_softmax(student)), atol=1e-12)
         np.testing.assert_allclose(stats.extra_target_logp_BTN, pick(log_softmax(teacher)), atol=1e-12)
         np.testing.assert_allclose(gradient, jax.grad(plain)(student.hidden_BTD), atol=1e-11)

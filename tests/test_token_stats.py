@@ -77,9 +77,10 @@ def loss(function, student, teacher, tokens_BT, signal):
     return jnp.sum(a * logp + b * local)
 
 
-def tiled(tile):
+def tiled(tile, columns=None):
     def function(student, teacher, tokens_BT, signal):
-        stats = token_stats(student, Target((teacher,)), tokens_BT, signal=signal, needs=("logp", "local"), tile=tile)
+        needs, tiles = ("logp", "local"), {"tile": tile, "tile_columns": columns}
+        stats = token_stats(student, Target((teacher,)), tokens_BT, signal=signal, needs=needs, **tiles)
         return stats.logp_BT, stats.local_BT
 
     return function
@@ -88,7 +89,8 @@ def tiled(tile):
 def value_and_gradients(function, student, teacher, tokens_BT, signal):
     arrays = (student.hidden_BTD, student.unembed_DV)
     rebuild = lambda hidden, unembed: Head(hidden, unembed, student.softcap, student.valid_V)
-    return jax.value_and_grad(lambda *a: loss(function, rebuild(*a), teacher, tokens_BT, signal), argnums=(0, 1))(*arrays)
+    value = lambda *a: loss(function, rebuild(*a), teacher, tokens_BT, signal)
+    return jax.jit(jax.value_and_grad(value, argnums=(0, 1)))(*arrays)  # at once: one by one its operations compile for longer
 
 
 @pytest.mark.parametrize("name", SIGNALS)
@@ -98,8 +100,8 @@ def test_tiles_equal_the_dense_form_with_gradients_in_float64(name, softcap, val
         valid = None  # the plain oracle cannot subtract two infinities; entries are tested without mass in test_divergences
     student, teacher, tokens_BT = heads(jnp.float64, softcap, valid)
     expected, wanted = value_and_gradients(plain_loss, student, teacher, tokens_BT, SIGNALS[name])
-    for tile in (1, 3, T, None):
-        found, gradients = value_and_gradients(tiled(tile), student, teacher, tokens_BT, SIGNALS[name])
+    for tile in ((1,), (3,), (None,), (3, 4), (T, V)):
+        found, gradients = value_and_gradients(tiled(*tile), student, teacher, tokens_BT, SIGNALS[name])
         offset = 0.0
         if SIGNALS[name].support == "sampled":
             offset = value_offset(student, teacher, tokens_BT)
@@ -149,8 +151,8 @@ def plain_topk(student: Head, teacher: Head, tokens_BT, signal: Signal):
 def test_tiles_of_a_topk_equal_the_dense_form_with_gradients_in_float64(tail, float64):
     student, teacher, tokens_BT = heads(jnp.float64, softcap=2.0, valid=8)
     expected, wanted = value_and_gradients(plain_topk, student, teacher, tokens_BT, TOPK[tail])
-    for tile in (2, T):
-        local = lambda *a, tile=tile: (jnp.zeros((B, T)), tiled(tile)(*a)[1])
+    for tile in ((2,), (T,), (2, 3), (T, V)):
+        local = lambda *a, tile=tile: (jnp.zeros((B, T)), tiled(*tile)(*a)[1])
         found, gradients = value_and_gradients(local, student, teacher, tokens_BT, TOPK[tail])
         assert float(found) == pytest.approx(float(expected), abs=1e-10)
         for a, b in zip(gradients, wanted, strict=True):
@@ -168,8 +170,8 @@ def value_offset(student, teacher, tokens_BT):
 def test_tiles_equal_the_dense_form_in_float32(name):
     student, teacher, tokens_BT = heads()
     expected, wanted = value_and_gradients(tiled(T), student, teacher, tokens_BT, SIGNALS[name])
-    for tile in (2, 5):
-        found, gradients = value_and_gradients(tiled(tile), student, teacher, tokens_BT, SIGNALS[name])
+    for tile in ((2,), (5,), (2, 4)):
+        found, gradients = value_and_gradients(tiled(*tile), student, teacher, tokens_BT, SIGNALS[name])
         assert float(found) == pytest.approx(float(expected), rel=1e-5)
         for a, b in zip(gradients, wanted, strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
@@ -202,12 +204,13 @@ def test_all_statistics_equal_dense_numpy(float64):
         np.testing.assert_allclose(getattr(stats, f"{name}_BT"), expected[name], atol=1e-12)
 
 
+@pytest.mark.parametrize("columns", [None, 4])
 @pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd", "sampled reverse_kl"])
-def test_equal_heads_give_exactly_0(name):
+def test_equal_heads_give_exactly_0(name, columns):
     student, _, tokens_BT = heads(scale=4.0)
     signal = Signal(SIGNALS[name].kind, SIGNALS[name].support, beta=SIGNALS[name].beta)
     local = lambda hidden: token_stats(
-        Head(hidden, student.unembed_DV), Target((student,)), tokens_BT, signal=signal, needs=("local",), tile=3
+        Head(hidden, student.unembed_DV), Target((student,)), tokens_BT, signal=signal, needs=("local",), tile=3, tile_columns=columns
     ).local_BT.sum()
     value, gradient = jax.value_and_grad(local)(student.hidden_BTD)
     assert float(value) == 0.0 and float(jnp.abs(gradient).max()) == 0.0
@@ -307,14 +310,25 @@ def test_no_array_holds_positions_times_vocabulary():
 
 
 def test_the_default_tile_fits_its_bytes():
-    assert heads_lib.fitting_tile(4, 10_000, 150_000) * 4 * 4 * 150_000 <= heads_lib.TILE_BYTES
-    assert heads_lib.fitting_tile(64, 4096, 150_000) == 1  # never less than a position
-    assert heads_lib.fitting_tile(2, 16, 100) == 16
+    whole = lambda *shape: heads_lib.tiling(*shape, columns=False)
+    assert whole(4, 10_000, 150_000).positions * 4 * 4 * 150_000 <= heads_lib.TILE_BYTES
+    assert whole(64, 4096, 150_000) == (1, None)  # never less than a position
+    assert whole(2, 16, 100) == (16, None)
 
 
-def test_topk_equals_a_full_sort():
+def test_large_vocabularies_are_cut_where_their_statistics_can_be():
+    for rows, length, vocab in ((32, 128, 152_064), (4, 1024, 152_064), (512, 1024, 152_064), (4, 4096, 50_257)):
+        tiling = heads_lib.tiling(rows, length, vocab, columns=True)
+        assert rows * tiling.positions * tiling.columns * 4 <= heads_lib.COLUMN_TILE_BYTES and tiling.positions <= length
+    # Enough rows of whole vocabularies fit, or there are no more.
+    assert heads_lib.tiling(32, 128, 8192, columns=True) == (64, None)
+    assert heads_lib.tiling(1, 8, 152_064, columns=True) == (8, None)
+
+
+@pytest.mark.parametrize("columns", [None, 3])
+def test_topk_equals_a_full_sort(columns):
     student, _, _ = heads(valid=8)
-    ids_BTK, logp_BTK, outside_BT = lib.topk(student, k=3, tile=2)
+    ids_BTK, logp_BTK, outside_BT = lib.topk(student, k=3, tile=2, tile_columns=columns)
     logp = np.asarray(jax.nn.log_softmax(dense(student).logits_BTV[..., :8], axis=-1))
     order = np.argsort(-logp, axis=-1)[..., :3]
     np.testing.assert_array_equal(ids_BTK, order)

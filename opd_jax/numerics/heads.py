@@ -1,16 +1,22 @@
-"""Heads: logits not yet made, and the tiles along T in which they are made and used.
+"""Heads: logits not yet made, and the tiles along T and V in which they are made and used.
 
 Tiles never split B: rows stay on their devices. No array of size [B, T, V] exists, unless a DenseHead brings it.
 """
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-# Bytes of one tile of float32 logits; below it a call is a single tile.
+# Bytes of one tile of float32 logits with whole vocabularies; below it a call is a single tile.
 TILE_BYTES = 64 * 2**20
+# Rows B * t of such a tile below which its products are slow: each reads the whole unembedding, or adds to a gradient of its size.
+LEAST_ROWS = 1024
+# Columns of a tile of the vocabulary, and its bytes; a call needs some six of them at once.
+COLUMNS = 512
+COLUMN_TILE_BYTES = 8 * 2**20
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["hidden_BTD", "unembed_DV", "valid_V"], meta_fields=["softcap"])
@@ -44,19 +50,13 @@ class DenseHead:
         return dataclasses.replace(self, logits_BTV=positions(self.logits_BTV, start, size))
 
 
-def topk(head: Head | DenseHead, *, k: int, tile: int | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(ids [B, T, K], log-probs [B, T, K], log of the mass outside [B, T]) of the k most probable tokens at temperature 1."""
-    hidden = head.logits_BTV if isinstance(head, DenseHead) else head.hidden_BTD
-
-    def one(_, inputs):
-        logp = log_softmax(logits(inputs, 1.0))
-        top, ids = jax.lax.top_k(logp, k)
-        # Summed outside, not 1 less the sum inside, which cancels when the top has nearly all mass.
-        outside = jnp.put_along_axis(logp, ids, -jnp.inf, axis=-1, inplace=False)
-        return None, (ids, top, jax.nn.logsumexp(outside, axis=-1))
-
-    rows, length = hidden.shape[:2]
-    return over_tiles(one, None, head, length, tile or fitting_tile(rows, length, vocabulary(head)))[1]
+def topk(head: Head | DenseHead, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(ids [B, t, K], log-probs [B, t, K], log of the mass outside [B, t]) of one tile, at temperature 1."""
+    logp = log_softmax(logits(head, 1.0))
+    top, ids = jax.lax.top_k(logp, k)
+    # Summed outside, not 1 less the sum inside, which cancels when the top has nearly all mass.
+    outside = jnp.put_along_axis(logp, ids, -jnp.inf, axis=-1, inplace=False)
+    return ids, top, jax.nn.logsumexp(outside, axis=-1)
 
 
 # ---- logits of one tile
@@ -84,12 +84,44 @@ def pick(x_BTV: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x_BTV, tokens_BT[..., None], axis=-1)[..., 0]
 
 
+# ---- gradients of one tile
+
+
+def through_softcap(head: Head, gradient_BTV: jax.Array) -> jax.Array:
+    """Gradient over logits -> over hidden @ unembed."""
+    if head.softcap is None:
+        return gradient_BTV
+    return gradient_BTV * (1 - jnp.square(logits(dataclasses.replace(head, valid_V=None), head.softcap)))
+
+
+def operand_gradients(head: Head, gradient_BTV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Gradient over hidden @ unembed, in their type -> over hidden [B, t, D] and unembed [D, V], summed in float32 or wider."""
+    accumulate = jnp.promote_types(head.hidden_BTD.dtype, jnp.float32)
+    hidden_BTD = jnp.einsum("btv,dv->btd", gradient_BTV, head.unembed_DV, preferred_element_type=accumulate)
+    return hidden_BTD, jnp.einsum("btd,btv->dv", head.hidden_BTD, gradient_BTV, preferred_element_type=accumulate)
+
+
 # ---- tiles
 
 
-def fitting_tile(rows: int, length: int, vocab: int) -> int:
-    """Positions whose logits fit TILE_BYTES, at least one."""
-    return min(max(TILE_BYTES // (4 * rows * vocab), 1), length)
+class Tiling(NamedTuple):
+    """Positions along T and columns of the vocabulary that are made at once; columns None: all of them."""
+
+    positions: int
+    columns: int | None = None
+
+
+def tiling(rows: int, length: int, vocab: int, *, columns: bool) -> Tiling:
+    """The tiles of a call: whole vocabularies of as many positions as fit TILE_BYTES, at least one, whatever that needs.
+
+    With `columns`, for statistics that have a form by tiles of the vocabulary (vocabulary.py): that form, where fewer than LEAST_ROWS rows
+    of whole vocabularies fit, and there are more. It makes each logit once more than the other, but the peak does not grow with V, nor with
+    T, nor with B up to the 4096 rows of one tile.
+    """
+    fitting = min(TILE_BYTES // (4 * rows * vocab), length)
+    if not columns or fitting * rows >= min(rows * length, LEAST_ROWS):
+        return Tiling(max(fitting, 1))
+    return Tiling(min(max(COLUMN_TILE_BYTES // (4 * rows * COLUMNS), 1), length), COLUMNS)
 
 
 def over_tiles(function, carry, inputs, length: int, tile: int):

@@ -48,14 +48,24 @@ def overlap(logp: jax.Array, logq: jax.Array, k: int) -> jax.Array:
 
 def local(logp: jax.Array, logq: jax.Array | None, tokens_BT: jax.Array, signal: Signal) -> tuple[jax.Array, jax.Array]:
     """(per-token loss [B, t], its gradient over the student's logits at temperature 1 [B, t, V])."""
-    if signal.kind in ("nll", "top1_cross_entropy"):
-        label_BT = tokens_BT if signal.kind == "nll" else jnp.argmax(logq, axis=-1)
-        return -pick(logp, label_BT), jnp.exp(logp) - jax.nn.one_hot(label_BT, logp.shape[-1], dtype=logp.dtype)
-    entry = entries.entry(signal.kind, signal.beta)
-    entry = entries.clipped(entry, signal.clip) if signal.clip else entry
+    if signal.kind == "top1_cross_entropy":
+        signal, tokens_BT = dataclasses.replace(signal, kind="nll"), jnp.argmax(logq, axis=-1)
+    on = members(logp, logq, tokens_BT, signal) if signal.is_topk else None
+    return on_support(logp, logq, tokens_BT, on, signal)
+
+
+def on_support(
+    logp: jax.Array, logq: jax.Array | None, tokens_BT: jax.Array, on: jax.Array | None, signal: Signal
+) -> tuple[jax.Array, jax.Array]:
+    """`local` with the support given; its tokens, and the label of a cross-entropy, are places on the last axis of the laws.
+
+    The laws may have one entry for many tokens off the support: then the gradient there is the sum of theirs, which are in proportion to p.
+    """
+    if signal.kind == "nll":
+        return -pick(logp, tokens_BT), jnp.exp(logp) - jax.nn.one_hot(tokens_BT, logp.shape[-1], dtype=logp.dtype)
+    entry = entry_of(signal)
     if signal.support == "sampled":
         return _sampled(entry(logp, logq)[1], logp, tokens_BT, True)
-    on = members(logp, logq, tokens_BT, signal)
     if on is None:
         return _total(*entry(logp, logq), logp)
     if signal.tail == "renormalise":
@@ -74,6 +84,12 @@ def local(logp: jax.Array, logq: jax.Array | None, tokens_BT: jax.Array, signal:
         tail_loss, tail_gradient = _sampled(slope, logp, tokens_BT, ~pick(on, tokens_BT))
         loss, gradient = loss + tail_loss, gradient + tail_gradient
     return loss, gradient
+
+
+def entry_of(signal: Signal) -> entries.Entry:
+    """The entries of a signal's divergence, cut off at its clip."""
+    entry = entries.entry(signal.kind, signal.beta)
+    return entries.clipped(entry, signal.clip) if signal.clip else entry
 
 
 def gradient_products(

@@ -1,7 +1,7 @@
 """Heads and targets -> per-token statistics: the only loss code that sees the vocabulary axis, in proofs and in training.
 
-Logits are made and used tile by tile (heads.py), in the forward pass and again in the backward pass. One custom VJP has cotangents for the
-student's log-probs of the sampled and of the extra tokens and for the local divergence; everything else, the target first of all, is
+Logits are made and used tile by tile (heads.tiling), in the forward pass and again in the backward pass. One custom VJP has cotangents for
+the student's log-probs of the sampled and of the extra tokens and for the local divergence; everything else, the target first of all, is
 constant. Reverse mode only.
 """
 
@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
-from opd_jax.numerics import entries, heads, supports, targets
-from opd_jax.numerics.heads import TILE_BYTES, DenseHead, Head, pick, topk
+from opd_jax.numerics import columns, entries, heads, supports, targets, vocabulary
+from opd_jax.numerics.heads import TILE_BYTES, DenseHead, Head, Tiling, pick
 from opd_jax.numerics.signals import SUPPORTS, TAILS, Signal
 from opd_jax.numerics.targets import AnyTarget, SparseTarget, Target, TokenTarget
 
@@ -79,11 +79,13 @@ def token_stats(
     needs: Collection[str],
     extra_tokens_BTN: jax.Array | None = None,
     tile: int | None = None,
+    tile_columns: int | None = None,
 ) -> Stats:
     """Statistics of completion tokens [B, T], and of N extra tokens at each position, under the student's law and the target's.
 
-    `needs` names what is wanted, from STATISTICS, and nothing else is computed; `tile` is the number of positions made at once (None: as
-    many as fit TILE_BYTES). Heads may differ in width and in padded vocabulary rows; rows beyond the smaller vocabulary have no mass.
+    `needs` names what is wanted, from STATISTICS, and nothing else is computed. `tile` is the number of positions made at once, whole
+    vocabularies or `tile_columns` of them (both None: see heads.tiling). Heads may differ in width and in padded vocabulary rows; rows
+    beyond the smaller vocabulary have no mass.
     `target` may be None when neither the signal nor `needs` compares with one. Arithmetic is float32, or float64 for float64 heads.
     Raises ValueError for `overlap` without a top-k signal, and for what a target that is known in part cannot tell.
     """
@@ -96,11 +98,28 @@ def token_stats(
         raise ValueError(f"the statistic 'overlap' needs a top-k support, signal.support = {signal.support!r} has no k")
     targets.check(target, signal, needs)
     student, target = targets.share_vocabulary(student, jax.lax.stop_gradient(target))
-    tile = tile or heads.fitting_tile(*tokens_BT.shape, heads.vocabulary(student))
+    by_columns = vocabulary.has_form(student, target, needs)
+    assert by_columns or not tile_columns, f"{set(needs)} of {signal} have no form by tiles of the vocabulary"
+    tiling = heads.tiling(*tokens_BT.shape, heads.vocabulary(student), columns=by_columns)
+    if tile or tile_columns:
+        tiling = Tiling(min(tile or tokens_BT.shape[1], tokens_BT.shape[1]), tile_columns)
     tokens = (tokens_BT, extra_tokens_BTN)
-    values = _statistics(student, target, tokens, signal, wanted, min(tile, tokens_BT.shape[1]))
+    values = _statistics(student, target, tokens, signal, wanted, tiling)
     named = zip(wanted, values, strict=True)
     return Stats(**{_FIELDS[name]: value if name in _DIFFERENTIABLE else jax.lax.stop_gradient(value) for name, value in named})
+
+
+def topk(head: Head | DenseHead, *, k: int, tile: int | None = None, tile_columns: int | None = None) -> tuple[jax.Array, ...]:
+    """(ids [B, T, K], log-probs [B, T, K], log of the mass outside [B, T]) of the k most probable tokens at temperature 1.
+
+    Ties go to the lower id. `tile` and `tile_columns` are those of `token_stats`.
+    """
+    shape_BT = (head.logits_BTV if isinstance(head, DenseHead) else head.hidden_BTD).shape[:2]
+    tiling = heads.tiling(*shape_BT, heads.vocabulary(head), columns=isinstance(head, Head))
+    if tile or tile_columns:
+        tiling = Tiling(min(tile or shape_BT[1], shape_BT[1]), tile_columns)
+    make = (lambda head: columns.topk(head, k, tiling.columns)) if tiling.columns else (lambda head: heads.topk(head, k))
+    return heads.over_tiles(lambda _, head: (None, make(head)), None, head, shape_BT[1], tiling.positions)[1]
 
 
 # ---- one tile
@@ -163,58 +182,68 @@ def _tile_logit_gradient(student, target, tokens, cotangents: dict[str, jax.Arra
         # A masked token's loss may be infinite: it must not reach the gradient as 0 * inf.
         gradient += jnp.where(cotangent_BT1 != 0, cotangent_BT1 * supports.local(logp, logq, tokens_BT, signal)[1], 0)
     gradient /= signal.student_temperature
-    if isinstance(student, Head) and student.softcap is not None:
-        capped = heads.logits(dataclasses.replace(student, valid_V=None), student.softcap)
-        gradient *= 1 - jnp.square(capped)
-    return gradient
+    return heads.through_softcap(student, gradient) if isinstance(student, Head) else gradient
 
 
 # ---- all tiles
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _statistics(student, target, tokens, signal: Signal, wanted: tuple[str, ...], tile: int) -> list[jax.Array]:
+def _statistics(student, target, tokens, signal: Signal, wanted: tuple[str, ...], tiling: Tiling) -> list[jax.Array]:
+    return _values_and_found(student, target, tokens, signal, wanted, tiling)[0]
+
+
+def _values_and_found(student, target, tokens, signal, wanted, tiling):
+    """(the statistics, what the backward pass needs beside the inputs)."""
+
     def one(_, inputs):
-        return None, _tile_values(*inputs, signal, wanted)
+        if tiling.columns is None:
+            return None, (_tile_values(*inputs, signal, wanted), None)
+        return None, vocabulary.statistics(*inputs, signal, wanted, tiling.columns)
 
-    return heads.over_tiles(one, None, (student, target, tokens), tokens[0].shape[1], tile)[1]
+    return heads.over_tiles(one, None, (student, target, tokens), tokens[0].shape[1], tiling.positions)[1]
 
 
-def _statistics_forward(student, target, tokens, signal, wanted, tile):
+def _statistics_forward(student, target, tokens, signal, wanted, tiling):
     inputs = jax.tree.map(lambda x: x.value, (student, target, tokens), is_leaf=lambda x: isinstance(x, CustomVJPPrimal))
-    return _statistics(*inputs, signal, wanted, tile), inputs
+    values, found = _values_and_found(*inputs, signal, wanted, tiling)
+    return values, (*inputs, found)
 
 
-def _statistics_backward(signal, wanted, tile, residuals, cotangents):
-    student, target, tokens = residuals
+def _statistics_backward(signal, wanted, tiling, residuals, cotangents):
+    student, target, tokens, found = residuals
     # Zeros that jax knows of, such as those of a statistic that only metrics read, cost no work over the vocabulary.
     used = {n: c for n, c in zip(wanted, cotangents, strict=True) if n in _DIFFERENTIABLE and not isinstance(c, SymbolicZero)}
-    backward = _dense_gradient if isinstance(student, DenseHead) else _head_gradient
-    return backward(student, target, tokens, used, signal, tile), None, None
+    if isinstance(student, DenseHead):
+        return _dense_gradient(student, target, tokens, used, signal, tiling), None, None
+    return _head_gradient(student, target, tokens, used, found, signal, tiling), None, None
 
 
-def _dense_gradient(student: DenseHead, target, tokens, cotangents, signal: Signal, tile: int) -> DenseHead:
+def _dense_gradient(student: DenseHead, target, tokens, cotangents, signal: Signal, tiling: Tiling) -> DenseHead:
     def one(_, inputs):
         return None, _tile_logit_gradient(*inputs, signal).astype(student.logits_BTV.dtype)
 
     inputs = (student, target, tokens, cotangents)
-    return DenseHead(heads.over_tiles(one, None, inputs, tokens[0].shape[1], tile)[1], None)
+    return DenseHead(heads.over_tiles(one, None, inputs, tokens[0].shape[1], tiling.positions)[1], None)
 
 
-def _head_gradient(student: Head, target, tokens, cotangents, signal: Signal, tile: int) -> Head:
-    """Gradients over hidden states and unembedding; the latter is summed over tiles in float32."""
-    accumulate = jnp.promote_types(student.hidden_BTD.dtype, jnp.float32)
+def _head_gradient(student: Head, target, tokens, cotangents, found, signal: Signal, tiling: Tiling) -> Head:
+    """Gradients over hidden states and unembedding; the latter is summed over tiles in float32, where there are several."""
+    length, dtype = tokens[0].shape[1], student.hidden_BTD.dtype
 
     def one(total_DV, inputs):
-        head = inputs[0]
-        gradient = _tile_logit_gradient(*inputs, signal).astype(head.hidden_BTD.dtype)
-        hidden = jnp.einsum("btv,dv->btd", gradient, head.unembed_DV, preferred_element_type=accumulate)
-        total_DV += jnp.einsum("btd,btv->dv", head.hidden_BTD, gradient, preferred_element_type=accumulate)
-        return total_DV, hidden.astype(head.hidden_BTD.dtype)
+        head, target, tokens, cotangents, found = inputs
+        if tiling.columns is None:
+            gradient = _tile_logit_gradient(head, target, tokens, cotangents, signal).astype(dtype)
+            hidden_BTD, unembed_DV = heads.operand_gradients(head, gradient)
+            total_DV += unembed_DV
+        else:
+            total_DV, hidden_BTD = vocabulary.gradient(head, target, tokens, cotangents, found, signal, total_DV, tiling.columns)
+        return total_DV, hidden_BTD.astype(dtype)
 
-    total_DV = jnp.zeros(student.unembed_DV.shape, accumulate)
-    inputs = (student, target, tokens, cotangents)
-    total_DV, hidden_BTD = heads.over_tiles(one, total_DV, inputs, tokens[0].shape[1], tile)
+    single = tiling.positions >= length and tiling.columns
+    total_DV = jnp.zeros(student.unembed_DV.shape, student.unembed_DV.dtype if single else jnp.promote_types(dtype, jnp.float32))
+    total_DV, hidden_BTD = heads.over_tiles(one, total_DV, (student, target, tokens, cotangents, found), length, tiling.positions)
     return Head(hidden_BTD, total_DV.astype(student.unembed_DV.dtype), student.softcap, None)
 
 
