@@ -183,11 +183,12 @@ def _width(model: ModelConfig) -> int:
 def _loss_bytes(models: Outlines, mesh, rows: int, new: int) -> int:
     """Hidden states, tiles of logits, and the gradient of the unembedding, which is summed in float32."""
     student = models.student
-    tile = heads.fitting_tile(rows, new, student.vocab_size)
+    tiling = heads.tiling(rows, new, student.vocab_size, columns=len(models.members) < 2)  # a pool of laws takes whole vocabularies
+    tile = _tokens(mesh, rows, tiling.positions) * _split(mesh, tiling.columns or student.vocab_size)
     vocab = _split(mesh, student.vocab_size)
     narrow = jnp.dtype(student.compute_dtype).itemsize
     hidden = sum(2 * narrow * _tokens(mesh, rows, new) * model.hidden_size for model in (student, *models.members.values()))
-    return hidden + _TILES * FLOAT32 * _tokens(mesh, rows, tile) * vocab + FLOAT32 * student.hidden_size * vocab
+    return hidden + _TILES * FLOAT32 * tile + FLOAT32 * student.hidden_size * vocab
 
 
 # ---- beside what there is
