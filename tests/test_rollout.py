@@ -130,7 +130,7 @@ def test_no_stop_ids_means_full_length():
 
 
 def test_the_loop_ends_when_every_row_has_stopped(monkeypatch):
-    """Counts the decode steps that run: one after the last draw, not as many as were allowed."""
+    """Counts the decode steps that run: one before each draw but the first, which the prompt gives, not as many as were allowed."""
     params, config, prompts = case()
     steps, decode_step = [], transformer.decode_step
 
@@ -139,10 +139,11 @@ def test_the_loop_ends_when_every_row_has_stopped(monkeypatch):
         return decode_step(*args)
 
     monkeypatch.setattr(transformer, "decode_step", counted)
-    found = sample(params, config, prompts, stop_ids=tuple(range(config.vocab_size)), max_new_tokens=41)
+    found = sample(params, config, prompts, stop_ids=tuple(range(8)), max_new_tokens=41)
     jax.effects_barrier()
-    assert np.asarray(found.mask_BT).sum(1).tolist() == [1] * 6
-    assert len(steps) == 1
+    longest = np.asarray(found.mask_BT).sum(1).max()
+    assert np.asarray(found.stopped_B).all() and 2 < longest < 41
+    assert len(steps) == longest - 1
 
 
 @pytest.mark.parametrize("law", [{}, {"temperature": 0.7}, {"top_p": 0.8, "min_p": 0.01}, {"top_k": 3}])
@@ -176,6 +177,27 @@ def test_ragged_prompts_of_one_width_compile_once(caplog):
             if seed == 0:
                 caplog.clear()
     assert [r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling")] == []
+
+
+def test_prompts_of_another_width_compile_their_reading_alone(caplog):
+    """Caches have few lengths, so that the program that decodes serves prompts of several widths."""
+    params, config, _ = case()
+    programs = []
+    for width in (4, 5, 7):
+        with jax.log_compiles(), caplog.at_level("WARNING"):
+            sample(params, config, models.ragged_prompts(np.random.default_rng(width), rows=3, width=width), max_new_tokens=7)
+        programs.append({r.getMessage().split()[1] for r in caplog.records if r.getMessage().startswith("Compiling")})
+        caplog.clear()
+    assert "jit(_until)" in programs[0] and "jit(_begin)" in programs[0]
+    assert not any("jit(_until)" in found for found in programs[1:]) and all("jit(_begin)" in found for found in programs)
+
+
+def test_a_cache_that_grows_forgets_nothing():
+    """Completions that outgrow their first cache twice: scored by one pass over the whole text."""
+    params, config, prompts = case(rows=2, max_position_embeddings=192)
+    found = sample(params, config, prompts, max_new_tokens=130, stop_ids=())
+    scored = score.logprobs(params, config, prompts, found)
+    assert float(jnp.abs(scored - found.logp_BT).max()) < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,30 @@ def test_tokens_without_mass_are_never_drawn():
             assert int(sampler.draw(logits, jnp.array([uniform], jnp.float32), law)[0][0]) in (1, 3)
 
 
+def test_draws_from_a_large_vocabulary_are_those_of_the_definition():
+    """By blocks, of which the last is not full: the token at which the cumulative distribution exceeds the uniform, in float64."""
+    logits, rows = logits_BV(seed=7, rows=64, vocab=1000, scale=3.0), np.arange(64)
+    logits[:, 256:384] = -np.inf  # a block without mass
+    uniform_B = np.random.default_rng(8).random(64).astype(np.float32)
+    for law in (Law(), Law(temperature=0.7), Law(top_k=40)):
+        token_B, logp_B, behaviour_B = sampler.draw(jnp.asarray(logits, jnp.float32), jnp.asarray(uniform_B), law)
+        p, policy = (np.array([numpy_law(row, one) for row in logits]) for one in (law, Law()))
+        cumulative = np.cumsum(p, axis=-1)
+        assert np.abs(cumulative - uniform_B[:, None]).min() > 1e-6  # otherwise rounding could decide
+        np.testing.assert_array_equal(token_B, np.argmax(cumulative > uniform_B[:, None], axis=-1))
+        np.testing.assert_allclose(logp_B, np.log(policy[rows, token_B]), atol=1e-5)
+        np.testing.assert_allclose(behaviour_B, np.log(p[rows, token_B]), atol=1e-5)
+
+
+@pytest.mark.parametrize("holders", [(3, 700), (0, 999), (511, 512), (130,)])
+def test_of_a_large_vocabulary_too_only_tokens_with_mass_are_drawn(holders):
+    logits = np.full((1, 1000), -np.inf, np.float32)
+    logits[0, list(holders)] = 0.3 * np.arange(len(holders))
+    ends = np.linspace(0, 1, 30, endpoint=False).tolist() + [1e-30, np.nextafter(np.float32(1), np.float32(0))]
+    drawn = [int(sampler.draw(jnp.asarray(logits), jnp.array([uniform], jnp.float32), Law())[0][0]) for uniform in ends]
+    assert set(drawn) == set(holders) and drawn[0] == holders[0] and drawn[-1] == holders[-1]
+
+
 def test_both_log_probabilities_of_a_law():
     logits = jnp.asarray(logits_BV(rows=1), jnp.float32)
     law = Law(temperature=0.5, top_k=3)

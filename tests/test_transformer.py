@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from opd_jax import parallel
+from opd_jax.models import cache as cache_lib
 from opd_jax.models import config as model_config
 from opd_jax.models import spec, transformer
 from opd_jax.types import View
@@ -295,6 +296,13 @@ def test_bfloat16_cache():
     _, cache = prefill(params, config, tokens_BL, mask_BL, cache_length=8)
     _, after = decode_step(params, config, tokens_BL[:, 0], cache)
     assert cache.keys_BKLH[0].dtype == after.keys_BKLH[0].dtype == after.values_BKLH[1].dtype == jnp.bfloat16
+
+
+def test_a_bfloat16_slot_is_written_bit_for_bit():
+    """On a CPU the bits are written, because it would convert every slot for one."""
+    old_BKLH, new_BKH = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(2, 3, 5, 4), (2, 3, 4)]))
+    found = jax.jit(cache_lib.write)(old_BKLH.astype(jnp.bfloat16), new_BKH, jnp.int32(3))
+    np.testing.assert_array_equal(found, old_BKLH.astype(jnp.bfloat16).at[:, :, 3].set(new_BKH.astype(jnp.bfloat16)))
 
 
 # ---- the shift

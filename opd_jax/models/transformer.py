@@ -211,7 +211,8 @@ def _attention_block(weights: dict, config: ModelConfig, x_BLD: jax.Array, rotat
         return constrain(z_BLNH.astype(config.compute_dtype), "batch", "length", axis, "head_dim")
 
     o_BLNH, kept = attend(project("q", "heads"), project("k", "kv_heads"), project("v", "kv_heads"))
-    o_BLD = _matmul("blnh,nhd->bld", o_BLNH, weights["o"], config)
+    # einsum contracts in alphabetical order: with an h for the z it would transpose the weights, at every token that is generated.
+    o_BLD = _matmul("blnz,nzd->bld", o_BLNH, weights["o"], config)
     return (o_BLD + weights["o_bias"].astype(o_BLD.dtype)[None, None] if config.output_bias else o_BLD), kept
 
 
