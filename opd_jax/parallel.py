@@ -89,12 +89,17 @@ def sharding(mesh: Mesh, logical_axes: tuple[str | None, ...], shape: tuple[int,
     return NamedSharding(mesh, partition_spec(mesh, logical_axes, shape, rules))
 
 
+def spread() -> bool:
+    """Whether `jax.set_mesh` has set a mesh of several devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1
+
+
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     """States the sharding of an activation under `jax.set_mesh`; the identity without a mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if not spread():
         return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(mesh, logical_axes, x.shape))
+    return jax.lax.with_sharding_constraint(x, partition_spec(jax.sharding.get_abstract_mesh(), logical_axes, x.shape))
 
 
 def over_rows(function: Callable, x_B: jax.Array, weights):
@@ -102,9 +107,9 @@ def over_rows(function: Callable, x_B: jax.Array, weights):
 
     For functions that treat rows alike but mix them, such as sorting tokens. Without a mesh just the function.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if not spread():
         return function(x_B, weights)
+    mesh = jax.sharding.get_abstract_mesh()
     rows = PartitionSpec(partition_spec(mesh, ("batch",) + (None,) * (x_B.ndim - 1), x_B.shape)[0])
     manual = set(RULES.batch)
     return jax.shard_map(function, in_specs=(rows, PartitionSpec()), out_specs=rows, axis_names=manual)(x_B, weights)

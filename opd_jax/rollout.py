@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from opd_jax import config as config_lib
-from opd_jax import parallel, sampler, score
+from opd_jax import parallel, refill, sampler, score
 from opd_jax.data import pipeline
 from opd_jax.data.tasks import Example
 from opd_jax.data.tokenizer import Tokenizer
@@ -35,6 +35,7 @@ def sample(
     min_p: float = 0.0,
     stop_ids: Sequence[int] = (),
     given: sampler.Given | tuple[jax.Array, jax.Array] | None = None,
+    slots: int = 0,
 ) -> Rollout:
     """Samples a completion for every row of left-padded prompts; `tokens_BT` is [B, max_new_tokens].
 
@@ -44,12 +45,18 @@ def sample(
 
     `given`: (tokens [B, max_new_tokens], length [B]), beginnings of the completions that are not drawn and stop nothing. Then
     `present_BT` is True on all tokens that stand in a completion, `mask_BT` on those that were drawn; log-probs of the others are 0.
+
+    `slots`: rows that are written at once, where lengths are ragged: as a completion ends, the next prompt takes its row. The completions
+    are the same. 0, or as many as prompts: all at once; so it is with beginnings, on several devices, and with models of the user's.
     """
     law = sampler.Law(float(temperature), float(top_p), int(top_k), float(min_p))
     _check(model_config, prompts, max_new_tokens)
-    begun = {"given": _checked(given, len(prompts.id_B), max_new_tokens), "pad_id": model_config.pad_token_id or 0}
     settings = {"key": key, "max_new_tokens": max_new_tokens, "law": law, "stop_ids": tuple(map(int, stop_ids))}
-    return sampler.sample_tokens(params, model_config, prompts, **settings, **begun)
+    settings["pad_id"] = model_config.pad_token_id or 0
+    if given is None and 0 < slots < len(prompts.id_B) and isinstance(model_config, ModelConfig) and not parallel.spread():
+        return refill.sample_tokens(params, model_config, prompts, slots=slots, **settings)
+    given = _checked(given, len(prompts.id_B), max_new_tokens)
+    return sampler.sample_tokens(params, model_config, prompts, **settings, given=given)
 
 
 def sample_mixture(
@@ -215,7 +222,8 @@ def make_source(
         return jax.random.fold_in(jax.random.key(seed), step)
 
     def sampled(model_config: ModelConfig, params: dict, prompts: Prompts, step: int) -> Rollout:
-        write = functools.partial(sample, params, model_config, parallel.shard_batch(prompts, mesh), key=key_of(step), **law)
+        read = parallel.shard_batch(prompts, mesh)
+        write = functools.partial(sample, params, model_config, read, key=key_of(step), slots=settings.slots, **law)
         return write() if turns is None else turns.write(write, prompts.id_B, settings.max_new_tokens)
 
     def dagger(params: dict, teacher_params: dict, batch: pipeline.Batch, step: int) -> Rollout:

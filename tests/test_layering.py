@@ -23,7 +23,7 @@ environments
 data
 rewards
 sampler
-score
+refill score
 turns
 rollout
 checkpoint

@@ -41,7 +41,8 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         task.train_size task.eval_size task.seed student.init.head_dim student.lora.rank study.exact_parameters learner.weight_decay
         learner.clip_norm signal.weight loss.labels reward.weight reward.clip_low reward.clip_high regulariser.kl masking.skip_first
         masking.first_only extrapolation.scale signal.clip gate.threshold gate.gain extra_signal.weight extra_signal.k extra_signal.clip
-        extra_signal.gate.threshold extra_signal.gate.gain extrapolation.max_gain teacher.confidence preference.weight """
+        extra_signal.gate.threshold extra_signal.gate.gain extrapolation.max_gain teacher.confidence preference.weight
+        rollout.slots """
         + " ".join(f"student.init.{name}" for name in _EXPERT_FIELDS),
         lambda value: value >= 0,
         "must be 0 or more",

@@ -126,6 +126,8 @@ class Rollout:
     top_k: int = 0  # tokens kept by the sampling law; 0 keeps all
     stop: str = "same"  # stop tokens: same (the student's; a teacher with others is refused), or union (any model's)
     min_p: float = 0.0  # tokens kept have at least this share of the largest probability; 0 keeps all
+    # for lengths that differ: as a completion ends, the next prompt takes its row; with turns, two writers or several devices all at once
+    slots: int = 0  # rollouts that a model writes at once; 0: all
 
 
 @dataclasses.dataclass(frozen=True)
