@@ -158,28 +158,32 @@ def gradient_and_statistics(
     base=None,
 ):
     """(what `gradient` gives, for the diagnostics: per-token statistics [B, T], squared norms of the microbatches' gradients [M])."""
-    read = functools.partial(_heads, objective, student_config, bank, (frozen, kept, adaptive), attach, base)
+    models = (params, frozen, kept, base)
 
-    def piece(micro: Batch):
+    def read(models, micro: Batch):
+        params, frozen, kept, base = models
+        return _heads(objective, student_config, bank, (frozen, kept, adaptive), attach, base, params, micro)
+
+    def piece(models, micro: Batch):
         def loss(params):
-            head, targets, seen = read(params, micro)
+            head, targets, seen = read((params, *models[1:]), micro)
             tokens_BT = micro.student.completion_BT
             value, sums = objective_lib.loss(objective, head, targets, tokens_BT, micro.mask_BT, micro.shares, micro.compared_B)
             return value, (sums | seen, objective_lib.look(objective, head, targets["teacher"], tokens_BT))
 
-        (value, (sums, stats)), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        (value, (sums, stats)), grads = jax.value_and_grad(loss, has_aux=True)(models[0])
         return (value, sums, grads), stats
 
     if microbatches == 1:
-        total, stats = piece(batch)
+        total, stats = piece(models, batch)
         return total, (stats, None)
     if objective.looks_across:
-        batch = _prepare(objective, functools.partial(read, params), batch, microbatches)
+        batch = _prepare(objective, lambda micro: read(parallel.within_loop(models, micro), micro), batch, microbatches)
     pieces = _split(batch, microbatches)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(piece, jax.tree.map(lambda x: x[0], pieces))[0])
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(piece, models, jax.tree.map(lambda x: x[0], pieces))[0])
 
     def add(total, micro):
-        share, stats = piece(micro)
+        share, stats = piece(parallel.within_loop(models, micro), micro)
         # Without the barrier the compiler may merge a share with the sum, or with its norm: the rounding would depend on who looks on.
         share = jax.tree.map(jax.lax.optimization_barrier, share)
         square = optax.tree.norm(share[2], squared=True) if objective.diagnostics else None

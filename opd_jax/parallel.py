@@ -102,6 +102,17 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(jax.sharding.get_abstract_mesh(), logical_axes, x.shape))
 
 
+def within_loop(params, variable):
+    """`params` as if they depended on `variable`, what a loop goes over: under fsdp the compiler may else gather them before the loop.
+
+    All of a model would lie on every device throughout, where layer by layer within the loop suffices. Without fsdp just the parameters.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape.get("fsdp", 1) == 1:
+        return params
+    return jax.lax.optimization_barrier((params, variable))[0]
+
+
 def over_rows(function: Callable, x_B: jax.Array, weights):
     """`function(x_B, weights)`, where each device reads the rows that it holds alone; `x_B` and the result have the batch as first axis.
 

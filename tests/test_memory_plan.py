@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 import pathlib
 import re
 import subprocess
@@ -111,6 +112,18 @@ def test_the_sampling_program_compiles_on_a_mesh_and_is_given_the_student():
     found = aot.sampling(c, models, mesh).memory_analysis()
     (planned,) = (part.bytes for part in memory_plan.plan(c, mesh, models).parts if part.name == "parameters")
     assert found.argument_size_in_bytes == pytest.approx(planned, rel=0.05)
+
+
+def test_microbatches_gather_the_parameters_layer_by_layer():
+    """Before the loop, where the compiler would move what does not depend on it, a whole model would lie on each device."""
+    c = config_lib.parse(base_config(mesh__fsdp=4, mesh__tensor=2, learner__microbatches=2))
+    program = aot.update(c, outlines.of_config(c), parallel.make_mesh(1, 4, 2)).as_text()
+    outside, inside = 0, 0
+    for computation in re.split(r"\n\n", program):
+        gathered = sum(math.prod(map(int, shape.split(","))) for shape in re.findall(r"\w+\[([\d,]+)\]\S* all-gather\(", computation))
+        outside, inside = (outside + gathered, inside) if "\nENTRY " in f"\n{computation}" else (outside, inside + gathered)
+    trained = spec.count(transformer.param_specs(outlines.of_config(c).student))
+    assert inside > trained / 2 and outside < trained / 10
 
 
 # ---- shapes without weights
