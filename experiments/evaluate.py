@@ -13,7 +13,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from opd_jax import assembly, cli, config, metrics, model_io, parallel, recipes, train
+from opd_jax import assembly, cli, config, metrics, model_io, parallel, processes, recipes, train
 from opd_jax.data import tasks
 from opd_jax.pair import open_pair
 from opd_jax.types import UserError
@@ -51,6 +51,8 @@ def main(argv: list[str]) -> None:
     with jax.set_mesh(mesh):
         values = evaluator(pair.student.params)
     progress.close()
+    if not processes.first():
+        return
     for name, value in values.items():
         print(f"{name:32} {value:.4f}")
     if OUT.value:
@@ -61,4 +63,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, several=True)

@@ -9,7 +9,7 @@ import _checkout  # noqa: F401
 from absl import flags
 from ml_collections import config_flags
 
-from opd_jax import cli, metrics, train
+from opd_jax import cli, metrics, processes, train
 from opd_jax.analysis import report
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:arg]; --config.a.b=value changes a field.", lock_config=True)
@@ -22,6 +22,8 @@ def main(argv: list[str]) -> None:
     progress = metrics.Progress()
     records = sum(1 for _ in train.run(CONFIG.value, WORKDIR.value, stop=stop, progress=progress))
     out = pathlib.Path(WORKDIR.value) / "report.html"
+    if not processes.first():
+        return
     if records or not out.exists():
         report.write([WORKDIR.value], out)
         progress.phase(f"{report.text_table([WORKDIR.value])}\n\n{report.text_samples(WORKDIR.value)}\n")
@@ -31,4 +33,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, several=True)

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from opd_jax import config as config_lib
-from opd_jax import learner, parallel, rewards, routing, score, teachers
+from opd_jax import learner, parallel, processes, rewards, routing, score, teachers
 from opd_jax.data import pipeline
 from opd_jax.data.privileged import Attempt
 from opd_jax.data.tasks import Example, Task
@@ -78,9 +78,10 @@ class BatchMaker:
         if recalled is None or recalled.completions is completions:
             return self._made(prompts, completions, scorer, recalled and recalled.scores, step)
         made = self._made(recalled.prompts, recalled.completions, scorer, recalled.scores, step)
-        read = np.asarray(recalled.prompts.prompts.mask_BS).sum() + np.asarray(recalled.completions.standing_BT).sum()
+        standing_BT, mask_BT = processes.to_host((recalled.completions.standing_BT, recalled.completions.mask_BT))
+        read = np.asarray(recalled.prompts.prompts.mask_BS).sum() + standing_BT.sum()
         own = parallel.shard_batch(prompts.teacher_prompts, self._mesh)
-        learnt = Learnt(int(read), recalled.age, token_shares(recalled.prompts.examples, np.asarray(recalled.completions.mask_BT)))
+        learnt = Learnt(int(read), recalled.age, token_shares(recalled.prompts.examples, mask_BT))
         return dataclasses.replace(made, judged=None, teacher_prompts=own, learnt=learnt)
 
     def _made(
@@ -100,7 +101,7 @@ class BatchMaker:
         counts = dict(informed.counts) if informed else {}
         if self._config.preference.weight:
             contexts["preference"] = self._preferred(own, completions, self._ranking(completions, judged, teacher, scorer))
-            counts["preference/pairs"] = float((np.asarray(contexts["preference"].sign_B) > 0).sum() / len(prompts.examples))
+            counts["preference/pairs"] = float((processes.to_host(contexts["preference"].sign_B) > 0).sum() / len(prompts.examples))
         batch = learner.make_batch(
             self._objective,
             view(student, completions),
@@ -122,7 +123,7 @@ class BatchMaker:
 
     def texts(self, completions: Rollout) -> list[str]:
         """All that stands in the completions, whoever wrote it."""
-        standing_BT, tokens_BT = np.asarray(completions.standing_BT), np.asarray(completions.tokens_BT)
+        standing_BT, tokens_BT = processes.to_host((completions.standing_BT, completions.tokens_BT))
         return [self._tokenizer.decode(tokens[standing].tolist()) for tokens, standing in zip(tokens_BT, standing_BT, strict=True)]
 
     def _informed(
@@ -176,7 +177,7 @@ class BatchMaker:
         settings, group_size = self._config.reward, self._config.rollout.group_size
         advantage_B = rewards.group_advantages(judged.reward_B, group_size, kind=settings.advantage)
         filters = {"filter_groups": settings.filter_groups, "mask_overlong": settings.mask_overlong}
-        keep_B = rewards.term_mask(judged.reward_B, np.asarray(completions.stopped_B), group_size, **filters)
+        keep_B = rewards.term_mask(judged.reward_B, processes.to_host(completions.stopped_B), group_size, **filters)
         keep_B = keep_B & self._rows([routing.rewarded(self._config, example) for example in examples])
         if settings.only == "solved":
             keep_B = keep_B & (judged.reward_B >= 1)
@@ -188,11 +189,12 @@ class BatchMaker:
         """[B] what the completions of a prompt are compared by: rewards, or the teacher's log-probs, after what it reads."""
         if self._config.preference.judge == "reward":
             return judged.reward_B
-        logp_B = np.asarray(score.logprobs(scorer, self._teacher, read, completions), np.float64).sum(1)
-        return logp_B / np.maximum(np.asarray(completions.mask_BT).sum(1), 1) if self._config.preference.judge == "teacher_mean" else logp_B
+        logp_BT, mask_BT = processes.to_host((score.logprobs(scorer, self._teacher, read, completions), completions.mask_BT))
+        logp_B = logp_BT.sum(1, dtype=np.float64)
+        return logp_B / np.maximum(mask_BT.sum(1), 1) if self._config.preference.judge == "teacher_mean" else logp_B
 
     def _preferred(self, own: Context, completions: Rollout, score_B: np.ndarray) -> Context:
-        tokens_BT, mask_BT = np.asarray(completions.tokens_BT), np.asarray(completions.mask_BT)
+        tokens_BT, mask_BT = processes.to_host((completions.tokens_BT, completions.mask_BT))
         partner_B, sign_B = rewards.best_and_worst(score_B, self._config.rollout.group_size, tokens_BT, mask_BT)
         mask_BT = own.mask_BT & jnp.asarray(sign_B != 0)[:, None]
         return dataclasses.replace(own, mask_BT=mask_BT, drawn_BT=own.mask_BT, partner_B=jnp.asarray(partner_B), sign_B=jnp.asarray(sign_B))

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from opd_jax import files
+from opd_jax import files, processes
 from opd_jax.types import TrainState, UserError
 
 log = logging.getLogger(__name__)
@@ -36,27 +36,40 @@ class Checkpoints:
         return sorted(int(entry.name) for entry in self.directory.iterdir() if re.fullmatch(r"[0-9]{1,18}", entry.name) and entry.is_dir())
 
     def save(self, step: int, state: TrainState, info: dict[str, Any]) -> None:
-        """Writes an entry, replacing one of the same step, then removes old ones. Complete when it returns. Raises UserError."""
+        """Writes an entry, replacing one of the same step, then removes old ones. Complete when it returns. Raises UserError.
+
+        Of several processes each writes its shards, and the first all else.
+        """
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            temporary, final = self.directory / f"{step}.tmp", self.directory / str(step)
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            with ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save(temporary / "state", state)
-            (temporary / "info.json").write_text(json.dumps(info))
-            (temporary / "manifest.json").write_text(json.dumps(_digests(temporary)))
-            _flush_to_disk(temporary)
-            if final.exists():
-                self._set_aside(step)
-            temporary.rename(final)
-            _flush(self.directory)
-            shutil.rmtree(self.directory / f"{step}.tmp_old", ignore_errors=True)
+            processes.by_first(self._begin, step)
+            with ocp.StandardCheckpointer(**_who_writes()) as checkpointer:
+                # Where others wait, orbax takes no arrays of this process's devices alone.
+                saved = processes.to_host(state) if processes.working_alone() else state
+                checkpointer.save(self.directory / f"{step}.tmp" / "state", saved)
+            processes.by_first(self._finish, step, info)
         except (OSError, ValueError) as error:  # the latter from what orbax writes with, where the disk is full
-            shutil.rmtree(self.directory / f"{step}.tmp", ignore_errors=True)
+            if processes.first():
+                shutil.rmtree(self.directory / f"{step}.tmp", ignore_errors=True)
             raise UserError(
                 f"{self.directory}: a checkpoint cannot be written ({files.reason(error)}); free space or give another --workdir"
             ) from None
+
+    def _begin(self, step: int) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        temporary = self.directory / f"{step}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+
+    def _finish(self, step: int, info: dict[str, Any]) -> None:
+        temporary, final = self.directory / f"{step}.tmp", self.directory / str(step)
+        (temporary / "info.json").write_text(json.dumps(info))
+        (temporary / "manifest.json").write_text(json.dumps(_digests(temporary)))
+        _flush_to_disk(temporary)
+        if final.exists():
+            self._set_aside(step)
+        temporary.rename(final)
+        _flush(self.directory)
+        shutil.rmtree(self.directory / f"{step}.tmp_old", ignore_errors=True)
         for old in self.steps()[: -self._keep]:
             shutil.rmtree(self.directory / str(old), ignore_errors=True)
 
@@ -67,10 +80,14 @@ class Checkpoints:
         the run goes on from there and will reach that step again. Raises UserError when there are entries and none can be read.
         """
         found = self._newest(lambda entry: _load(entry / "state", abstract_state))
-        for step in self.steps():
-            if found is not None and step > found[0]:
-                self._set_aside(step)
+        if found is not None:
+            processes.by_first(self._set_aside_after, found[0])
         return found
+
+    def _set_aside_after(self, restored: int) -> None:
+        for step in self.steps():
+            if step > restored:
+                self._set_aside(step)
 
     def _set_aside(self, step: int) -> None:
         aside = self.directory / f"{step}.tmp_old"
@@ -95,7 +112,7 @@ class Checkpoints:
         for step in reversed(steps):
             entry = self.directory / str(step)
             try:
-                _verify(entry)
+                processes.by_first(_verify, entry)
                 return step, load(entry), _read_json(entry / "info.json")
             except (ValueError, OSError, KeyError) as error:
                 reason = files.reason(error)
@@ -135,18 +152,27 @@ def restore_params_and_info(directory: str | os.PathLike, abstract_params: dict,
     return Checkpoints(directory).restore_params(abstract_params, step)
 
 
+def _who_writes() -> dict[str, Any]:
+    """Settings of orbax where a process works alone while others wait: it would wait for them."""
+    if not processes.working_alone():
+        return {}
+    me = jax.process_index()
+    mine = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix="alone")
+    return {"multiprocessing_options": mine}
+
+
 def _load(path: pathlib.Path, abstract: TrainState) -> TrainState:
     """The state; a field that the version which saved it did not have must be empty, and stays so."""
     saved = _saved(path)
     _check_shapes(saved, abstract)
     fields = {name: value for name, value in vars(abstract).items() if name in saved}
-    with ocp.StandardCheckpointer() as checkpointer:
+    with ocp.StandardCheckpointer(**_who_writes()) as checkpointer:
         return abstract.replace(**checkpointer.restore(path, fields))
 
 
 def _saved(path: pathlib.Path) -> dict[str, Any]:
     """The tree of what is saved, described."""
-    with ocp.StandardCheckpointer() as checkpointer:
+    with ocp.StandardCheckpointer(**_who_writes()) as checkpointer:
         return checkpointer.metadata(path).item_metadata.tree
 
 
@@ -169,12 +195,12 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 def _load_params(path: pathlib.Path, abstract_params: dict) -> dict:
     """The parameters alone, each of the type and shape, and in the place, that `abstract_params` says (the first device by default)."""
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     as_asked = lambda x: ocp.ArrayRestoreArgs(dtype=x.dtype, sharding=x.sharding or here, global_shape=x.shape, strict=True)
     item = {"params": abstract_params}
     arguments = ocp.args.PyTreeRestore(item=item, restore_args=jax.tree.map(as_asked, item), partial_restore=True)
     _check_shapes({"params": _saved(path)["params"]}, item)
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    with ocp.PyTreeCheckpointer(**_who_writes()) as checkpointer:
         return checkpointer.restore(path, args=arguments)["params"]
 
 

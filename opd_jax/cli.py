@@ -8,10 +8,12 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 
 from absl import app, flags
 
+from opd_jax import processes
 from opd_jax.types import UserError, one_line
 
 
@@ -43,14 +45,22 @@ class StopRequest:
         return self.signum != 0
 
 
-def run(main: Callable[[list[str]], None]) -> None:
-    """Parses flags, calls main(argv) and exits with the documented status."""
+def run(main: Callable[[list[str]], None], *, several: bool = False) -> None:
+    """Parses flags, calls main(argv) and exits with the documented status. `several`: joins other processes where there are such."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install torch, of which nothing here has need
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
-    sys.exit(_status(main))
+    try:
+        status = _status(main, several)
+    except Exception:
+        if not several or processes.count() == 1:
+            raise
+        traceback.print_exc()
+        status = 1
+    processes.leave(status)
+    sys.exit(status)
 
 
-def _status(main: Callable[[list[str]], None]) -> int:
+def _status(main: Callable[[list[str]], None], several: bool) -> int:
     try:
         argv = _parse_flags()
     except SystemExit:
@@ -60,6 +70,8 @@ def _status(main: Callable[[list[str]], None]) -> int:
     except Exception as error:  # absl and config files raise many types; each is a mistake on the command line or in the file
         return _refuse(_flag_message(error))
     try:
+        if several:
+            processes.start()
         main(argv)
     except UserError as error:
         return _refuse(str(error))

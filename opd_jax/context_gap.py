@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from opd_jax import config as config_lib
-from opd_jax import evaluate, parallel, rewards, rollout, score
+from opd_jax import evaluate, parallel, processes, rewards, rollout, score
 from opd_jax.data import pipeline, privileged, tasks
 from opd_jax.data.tasks import Example, Task
 from opd_jax.data.tasks.informed import KINDS, section
@@ -99,9 +99,9 @@ class ContextGap:
         tokens_PT, mask_PT, stopped_P, _ = pipeline.encode_solutions(gold, tasks.environment_of(self.task), self.teacher.tokenizer, **size)
         found = []
         for at_B, real, prompts in self._batches(texts, rows):
-            arrays = parallel.shard_batch((tokens_PT[at_B], mask_PT[at_B], stopped_P[at_B], np.asarray(prompts.id_B)), self.mesh)
+            arrays = parallel.shard_batch((tokens_PT[at_B], mask_PT[at_B], stopped_P[at_B], processes.to_host(prompts.id_B)), self.mesh)
             logp_BT = score.logprobs(self.teacher.params, self.teacher.config, prompts, rollout.from_completions(*arrays))
-            found.append((np.asarray(logp_BT, np.float64).sum(1) / mask_PT[at_B].sum(1))[:real])
+            found.append((processes.to_host(logp_BT).sum(1, dtype=np.float64) / mask_PT[at_B].sum(1))[:real])
         return np.concatenate(found)
 
     def _accuracy(self, texts: Sequence[str], rows: Sequence[int]) -> float:
@@ -119,7 +119,7 @@ class ContextGap:
                 stop_ids=self.teacher.tokenizer.eos_ids,
             )
             written = write() if self.turns is None else self.turns.write(write, prompts.id_B, self.max_new_tokens)
-            tokens_BT, standing_BT = np.asarray(written.tokens_BT), np.asarray(written.standing_BT)
+            tokens_BT, standing_BT = processes.to_host((written.tokens_BT, written.standing_BT))
             answers += [self.teacher.tokenizer.decode(tokens_BT[row][standing_BT[row]].tolist()) for row in range(real)]
         return float(np.mean(rewards.judge(self.task, [self.examples[row] for row in rows], answers).reward_B >= 1))
 

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from opd_jax import config as config_lib
-from opd_jax import files, parallel, rewards, rollout
+from opd_jax import files, parallel, processes, rewards, rollout
 from opd_jax.config import Config, ConfigError
 from opd_jax.data import tasks
 from opd_jax.data.pipeline import Encoder
@@ -81,7 +81,7 @@ def measure(
         sample = functools.partial(rollout.sample, student.params, student.config, parallel.shard_batch(rows, mesh), **law)
         drawn = sample() if turns is None else turns.write(sample, id_B, asked.max_new_tokens)
         real = min(asked.batch_size, total - start)
-        tokens_BT, standing_BT = np.asarray(drawn.tokens_BT)[:real], np.asarray(drawn.standing_BT)[:real]
+        tokens_BT, standing_BT = (x[:real] for x in processes.to_host((drawn.tokens_BT, drawn.standing_BT)))
         texts = [student.tokenizer.decode(tokens[here].tolist()) for tokens, here in zip(tokens_BT, standing_BT, strict=True)]
         reward.append(verdicts([examples[i] for i in example_B[:real]], texts).reward_B)
     return Measured(examples, (np.concatenate(reward).reshape(-1, samples) >= 1).mean(1), samples)

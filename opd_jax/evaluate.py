@@ -12,7 +12,7 @@ import numpy as np
 import scipy.stats
 from jax.sharding import Mesh
 
-from opd_jax import environments, injected, parallel, sampler, scores, teachers, wording
+from opd_jax import environments, injected, parallel, processes, sampler, scores, teachers, wording
 from opd_jax.data import pipeline, tasks
 from opd_jax.data.tasks import Example, Task
 from opd_jax.model_io import LoadedModel
@@ -128,7 +128,7 @@ class Evaluator:
                 stop_ids=tuple(self.student.tokenizer.eos_ids),
                 pad_id=self.student.config.pad_token_id or 0,
             )
-            matches.append(part.matches(np.asarray(rollout.tokens_BT), np.asarray(rollout.mask_BT))[: rows - start])
+            matches.append(part.matches(*processes.to_host((rollout.tokens_BT, rollout.mask_BT)))[: rows - start])
         return ratio_with_interval("eval/recovery", np.concatenate(matches), self._injected.mask_NT.sum(1))
 
     @functools.cached_property
@@ -147,7 +147,7 @@ class Evaluator:
     def _chosen(self, batches, example_B: np.ndarray) -> tuple[tuple[Prompts, Prompts], Rollout, int]:
         """Of one batch, as each teacher wrote it, the rows that are its own."""
         at = self.several.route_P[example_B], np.arange(len(example_B))
-        chosen = jax.tree.map(lambda *x: np.stack(x)[at], *(rollout for _, rollout, _ in batches))
+        chosen = jax.tree.map(lambda *x: np.stack(x)[at], *(processes.to_host(rollout) for _, rollout, _ in batches))
         prompts, _, real = batches[0]
         return prompts, parallel.shard_batch(chosen, self.mesh), real
 
@@ -213,8 +213,8 @@ class Evaluator:
     def _judge(self, texts: list[str]) -> np.ndarray:
         per_prompt = len(texts) // len(self.examples)
         examples = [self.examples[i // per_prompt] for i in range(len(texts))]
-        verdicts = tasks.verify_many(self.task, examples, texts)
-        return np.array([verdict.reward for verdict in verdicts]).reshape(-1, per_prompt)
+        rewards_of = lambda examples, texts: [float(one.reward) for one in tasks.verify_many(self.task, examples, texts)]
+        return np.array(processes.divide(rewards_of, examples, texts)).reshape(-1, per_prompt)
 
     def _score(self, params: dict, rollouts, kind: str) -> dict[str, np.ndarray]:
         """Sums of per-token statistics over each prompt's completions, [P]."""
@@ -227,7 +227,7 @@ class Evaluator:
         for (prompts, rollout, real), example_B in zip(rollouts, self._rows(self.samples), strict=True):
             route_B = None if route_P is None else parallel.shard_batch(route_P[example_B], self.mesh)
             sums = _rollout_sums(params, frozen, prompts, rollout, route_B, self.student.config, bank, kind)
-            pieces.append({name: np.asarray(value)[:real] for name, value in sums.items()})
+            pieces.append({name: value[:real] for name, value in processes.to_host(sums).items()})
         return {name: np.concatenate([p[name] for p in pieces]).reshape(len(self.examples), -1).sum(1) for name in pieces[0]}
 
 
@@ -249,14 +249,14 @@ def _token_ids(rollouts) -> list[list[int]]:
     """The tokens of each completion that counts, stop token included."""
     rows = []
     for _, rollout, real in rollouts:
-        tokens_BT, standing_BT = np.asarray(rollout.tokens_BT), np.asarray(rollout.standing_BT)
+        tokens_BT, standing_BT = processes.to_host((rollout.tokens_BT, rollout.standing_BT))
         rows += [tokens_BT[row][standing_BT[row]].tolist() for row in range(real)]
     return rows
 
 
 def _length_metrics(rollouts) -> dict[str, float]:
-    lengths = np.concatenate([np.asarray(r.standing_BT).sum(1)[:real] for _, r, real in rollouts])
-    stopped = np.concatenate([np.asarray(r.stopped_B)[:real] for _, r, real in rollouts])
+    lengths = np.concatenate([processes.to_host(r.standing_BT).sum(1)[:real] for _, r, real in rollouts])
+    stopped = np.concatenate([processes.to_host(r.stopped_B)[:real] for _, r, real in rollouts])
     return {"eval/length": float(lengths.mean()), "eval/truncated_fraction": float(1 - stopped.mean())}
 
 

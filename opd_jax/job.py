@@ -23,6 +23,7 @@ from opd_jax import (
     memory_plan,
     metrics,
     parallel,
+    processes,
     recipes,
     replay,
     rewards,
@@ -183,10 +184,15 @@ def _begin_writing(
 ) -> metrics.MetricsWriter:
     """Describes the run in its folder, and cuts what is on record back to `done` updates (-1: nothing)."""
     writer = metrics.MetricsWriter(workdir)
-    writer.truncate_after(done)
-    workdir_lib.describe(workdir, config, student, base=base, resumed=done >= 0)
-    if done < config.steps:
-        machine.begin_session(workdir, max(done, 0), mesh)
+
+    def write() -> None:
+        writer.truncate_after(done)
+        workdir_lib.describe(workdir, config, student, base=base, resumed=done >= 0)
+        if done < config.steps:
+            machine.begin_session(workdir, max(done, 0), mesh)
+
+    processes.share(None)  # until all are here, one may still look at the folder as it was
+    processes.by_first(write)
     return writer
 
 
@@ -197,7 +203,8 @@ def _begin_or_resume(
     if checkpoints.steps():
         return workdir_lib.restore(checkpoints, pair, bank, optimizer, mesh, identity, config)
     if measured:
-        difficulty.write(workdir, measured)
+        processes.share(None)
+        processes.by_first(difficulty.write, workdir, measured)
     trained = _init_adapter(pair.student, config.seed, mesh) if pair.student.lora else pair.student.params
     return learner.init_state(trained, optimizer, bank), 0, {"tokens_total": 0, "seconds": 0.0, **identity}
 

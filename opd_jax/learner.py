@@ -90,10 +90,10 @@ def init_state(params: dict, optimizer: optax.GradientTransformation, bank: Bank
     """The state before the first update; the optimizer's moments are born where their parameters lie."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(params, optimizer))
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
-    step, finite = jax.device_put((jnp.int32(0), jnp.bool_(True)), (shardings.step, shardings.finite))
+    step, finite = (parallel.put(x, shardings.step) for x in (jnp.int32(0), jnp.bool_(True)))
     kept = bank.begin(params) if bank is not None else {}
     adaptive = bank.rule.begin() if bank is not None and bank.rule else {}
-    return TrainState(step, params, opt_state, finite, kept, jax.device_put(adaptive, shardings.step))
+    return TrainState(step, params, opt_state, finite, kept, jax.tree.map(lambda x: parallel.put(x, shardings.step), adaptive))
 
 
 def abstract_state(params: dict, optimizer: optax.GradientTransformation, bank: Bank | None = None) -> TrainState:

@@ -9,10 +9,10 @@ import sys
 from importlib import metadata
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 import opd_jax
+from opd_jax import processes
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def facts(mesh: Mesh) -> dict[str, Any]:
         "platform": devices[0].platform,
         "device_kind": devices[0].device_kind,
         "devices": mesh.devices.size,
-        "processes": jax.process_count(),
+        "processes": processes.count(),
     }
 
 
@@ -83,6 +83,8 @@ def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def _write(workdir: pathlib.Path, sessions: list[dict[str, Any]]) -> None:
+    if not processes.first():
+        return
     path = pathlib.Path(workdir) / "environment.json"
     temporary = path.with_suffix(".tmp")
     try:

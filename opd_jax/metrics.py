@@ -8,13 +8,14 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from opd_jax import files
+from opd_jax import files, processes
 from opd_jax.glossary import GLOSSARY as GLOSSARY
 from opd_jax.types import UserError
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl and samples.jsonl of a run directory; every line is flushed when it is written.
+    """Appends to metrics.jsonl and samples.jsonl of a run directory; every line is flushed when it is written. Of several processes the
+    first writes.
 
     Raises UserError when a file cannot be written. Nothing is written after that, so that no record is missing between others.
     """
@@ -46,9 +47,13 @@ class MetricsWriter:
                 os.truncate(path, size)
 
     def has_record(self, step: int) -> bool:
-        return any(record["step"] == step for record in read(self._metrics)) if self._metrics.exists() else False
+        """Whether a step is on record; all processes must ask."""
+        here = any(record["step"] == step for record in read(self._metrics)) if self._metrics.exists() else False
+        return processes.share(here)[0]  # the others may read the file when the first has gone on writing
 
     def _append(self, path: pathlib.Path, records: Iterable[dict[str, Any]]) -> None:
+        if not processes.first():
+            return
         if self._failed:
             raise self._failed
         size = path.stat().st_size if path.exists() else 0
@@ -108,10 +113,10 @@ def _parse(line: bytes) -> tuple[dict[str, Any] | None, str]:
 
 
 class Progress:
-    """One line per phase; a live bar on a terminal, a line every few seconds elsewhere; nothing when quiet. To stdout."""
+    """One line per phase; a live bar on a terminal, a line every few seconds elsewhere; nothing when quiet. To stdout, of process 0."""
 
     def __init__(self, *, quiet: bool = False, steps: int | None = None):
-        self._quiet = quiet
+        self._quiet = quiet or not processes.first()
         self._bar = None
         self._last_line = 0.0
         self.steps = steps

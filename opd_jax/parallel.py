@@ -9,8 +9,10 @@ import logging
 from collections.abc import Callable
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from opd_jax import processes
 from opd_jax.types import UserError
 
 AXES = ("data", "fsdp", "tensor")
@@ -36,16 +38,18 @@ RULES = Rules()
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices=None) -> Mesh:
-    """A mesh over all devices, or over one device when every size is 1."""
-    devices = jax.devices() if devices is None else devices
+    """A mesh over the devices of all processes, or over one device when every size is 1 and there is one process. Raises UserError."""
+    devices = processes.devices() if devices is None else devices
     shape = (data, fsdp, tensor)
     size = data * fsdp * tensor
-    if size == 1:
+    single = processes.count() == 1
+    if size == 1 and single:
         devices = devices[:1]
     if size != len(devices):
         raise UserError(
             f"mesh.data * mesh.fsdp * mesh.tensor = {data} * {fsdp} * {tensor} = {size}, "
-            f"but there are {len(devices)} devices: make the product {len(devices)}, or 1 to use one device"
+            f"but there are {len(devices)} devices{'' if single else f' of {processes.count()} processes'}: "
+            f"make the product {len(devices)}{', or 1 to use one device' if single else ''}"
         )
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
@@ -127,10 +131,19 @@ def over_rows(function: Callable, x_B: jax.Array, weights):
 
 
 def shard_batch(tree, mesh: Mesh):
-    """Puts arrays on the mesh with their leading axis over the batch axes."""
-    return jax.tree.map(lambda x: jax.device_put(x, sharding(mesh, ("batch",) + (None,) * (x.ndim - 1), x.shape)), tree)
+    """Puts arrays on the mesh with their leading axis over the batch axes; each process puts the rows that its devices hold."""
+    return jax.tree.map(lambda x: put(x, sharding(mesh, ("batch",) + (None,) * (x.ndim - 1), x.shape)), tree)
 
 
 def replicate(tree, mesh: Mesh):
     """Puts arrays on every device of the mesh."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return jax.tree.map(lambda x: put(x, NamedSharding(mesh, PartitionSpec())), tree)
+
+
+def put(x, sharding: NamedSharding) -> jax.Array:
+    """Lays out an array that every process has whole, or one that lies on the mesh already."""
+    here = not isinstance(x, jax.Array) or x.is_fully_addressable
+    if sharding.is_fully_addressable or not here:
+        return jax.device_put(x, sharding)
+    whole = np.asarray(x)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])

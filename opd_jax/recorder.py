@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax import context_gap, cost, environments, labels, machine, rewards, rollout, teachers
+from opd_jax import context_gap, cost, environments, labels, machine, processes, rewards, rollout, teachers
 from opd_jax.batches import Made, token_shares
+from opd_jax.cli import Interrupted
 from opd_jax.data import tasks
 from opd_jax.data.pipeline import Batch
 from opd_jax.diagnostics import Diagnostics
@@ -31,6 +32,10 @@ class Pending:
     measured: dict
     annotated: Annotated | None
     finished: Future  # -> the time when the device had finished it
+
+
+# What ends all processes at the same step: they agreed, they measured the same, or their user's loop was left.
+ENDS_ALL = Interrupted | FloatingPointError | GeneratorExit
 
 
 def _finish_time(measured: dict) -> float:
@@ -87,7 +92,8 @@ class Recorder:
         save = last or step % config.checkpoint.every == 0
         finished = self._waiter.submit(_finish_time, measured)
         # Taken in before anything is yielded: whoever leaves the loop at a yield must not lose this step.
-        made = dataclasses.replace(made, batch=None)
+        made = dataclasses.replace(made, batch=None, teacher_prompts=processes.gather(made.teacher_prompts))
+        completions, measured, annotated = processes.gather((completions, measured, annotated))
         previous, self._pending = self._pending, Pending(step, prompts, completions, made, measured, annotated, finished)
         if previous is not None:
             yield self._complete(previous)
@@ -99,13 +105,16 @@ class Recorder:
             self._clock = time.perf_counter()
             yield record
 
-    def close(self) -> None:
-        """Writes and saves what is not on disk yet. After an interrupt within an update the last checkpoint stands."""
+    def close(self, error: BaseException | None) -> None:
+        """Writes and saves what is not on disk yet; `error` is what ends the run. After an interrupt within an update the last checkpoint
+        stands, and also where one of several processes may be alone with its error: the others would not save with it.
+        """
+        together = processes.count() == 1 or isinstance(error, ENDS_ALL | None)
         try:
-            if self._pending is not None:
+            if self._pending is not None and together:
                 self._complete(self._pending)
         finally:
-            intact = not any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state))
+            intact = together and not any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state))
             try:
                 if intact and int(self.state.step) == self.step != self._saved_step:
                     self._save()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from opd_jax import files
+from opd_jax import files, processes
 from opd_jax.config import Config, ConfigError, check_choice, needs_verdicts, own_draws
 from opd_jax.data import tasks
 from opd_jax.data.privileged import Attempt
@@ -87,8 +87,14 @@ class _Guarded:
 
 
 def judge(task: Task | OwnJudge, examples_B: Sequence[Example], texts_B: Sequence[str]) -> Judged:
-    """A verdict per completion. Where `verify` raises, or gives no finite number, the reward is 0, without feedback, and is counted."""
-    found = tasks.verify_many(_Guarded(task), examples_B, texts_B)
+    """A verdict per completion. Where `verify` raises, or gives no finite number, the reward is 0, without feedback, and is counted.
+
+    Each of several processes asks for its part, once: they agree also where a verifier would not say the same twice.
+    """
+    verdicts = lambda examples, texts: [
+        one if isinstance(one, str) else dataclasses.asdict(one) for one in tasks.verify_many(_Guarded(task), examples, texts)
+    ]
+    found = [one if isinstance(one, str) else Attempt(**one) for one in processes.divide(verdicts, examples_B, texts_B)]
     reasons = [one for one in found if isinstance(one, str)]
     attempts = [Attempt(text, 0.0, well_formed=False) if isinstance(one, str) else one for text, one in zip(texts_B, found, strict=True)]
     reward_B = np.array([attempt.reward for attempt in attempts], np.float64)

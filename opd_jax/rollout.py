@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from opd_jax import config as config_lib
-from opd_jax import parallel, refill, sampler, score
+from opd_jax import parallel, processes, refill, sampler, score
 from opd_jax.data import pipeline
 from opd_jax.data.tasks import Example
 from opd_jax.data.tokenizer import Tokenizer
@@ -145,7 +145,7 @@ def _checked(given: tuple | None, rows: int, max_new_tokens: int) -> sampler.Giv
             f"given has tokens {given.tokens_BT.shape} and lengths {given.length_B.shape}; give ({rows}, {max_new_tokens}), a row for each "
             f"prompt as wide as a completion, and ({rows},)"
         )
-    lengths = np.asarray(given.length_B)
+    lengths = processes.to_host(given.length_B)
     if lengths.min(initial=0) < 0 or lengths.max(initial=0) > max_new_tokens:
         raise UserError(f"given has lengths from {lengths.min()} to {lengths.max()}; give 0 to max_new_tokens = {max_new_tokens}")
     return given
@@ -154,8 +154,9 @@ def _checked(given: tuple | None, rows: int, max_new_tokens: int) -> sampler.Giv
 def _check(model_config: ModelConfig, prompts: Prompts, max_new_tokens: int) -> None:
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens = {max_new_tokens!r} must be at least 1")
-    lengths = np.asarray(prompts.mask_BS).sum(1)
-    if lengths.min(initial=1) < 1 or not np.asarray(prompts.mask_BS)[:, -1].all():
+    mask_BS = processes.to_host(prompts.mask_BS)
+    lengths = mask_BS.sum(1)
+    if lengths.min(initial=1) < 1 or not mask_BS[:, -1].all():
         raise UserError("prompts.mask_BS must be True in the last column: prompts are padded on the left, and have a token at least")
     context = model_config.max_position_embeddings
     if lengths.max(initial=0) + max_new_tokens > context:

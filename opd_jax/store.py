@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from opd_jax import files
+from opd_jax import files, processes
 from opd_jax.data.tasks import Example
 from opd_jax.types import Rollout, UserError
 
@@ -115,16 +115,16 @@ class Store:
             )
 
     def append(self, examples: Sequence[Example], rollout: Rollout, scores: dict[str, Any]) -> None:
-        """Adds a batch, on disk when this returns. Raises UserError where it cannot be written."""
-        named = {name: np.asarray(value) for name, value in vars(rollout).items() if value is not None}
-        scores = {name: np.asarray(value) for name, value in scores.items()}
+        """Adds a batch, on disk when this returns. Raises UserError where it cannot be written. Of several processes the first writes."""
+        named, scores = processes.to_host(({name: value for name, value in vars(rollout).items() if value is not None}, dict(scores)))
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, **named, **{_SCORE + name: value for name, value in scores.items()})
         digest = hashlib.sha256(buffer.getvalue()).hexdigest()
         path = self._path(self.batches)
         try:
-            _write(path.with_suffix(".npz"), buffer.getvalue())
-            _write(path, _json({"sha256": digest, "examples": [dataclasses.asdict(example) for example in examples]}))
+            if processes.first():
+                _write(path.with_suffix(".npz"), buffer.getvalue())
+                _write(path, _json({"sha256": digest, "examples": [dataclasses.asdict(example) for example in examples]}))
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be written ({files.reason(error)}); free space, or give another folder") from None
         self._batches.append(_Stored(list(examples), named, scores, digest))
@@ -146,6 +146,14 @@ def begin(folder: str | os.PathLike, description: Description, *, keep: int | No
     UserError for a folder with another store, and for a store that cannot be read or written.
     """
     folder = pathlib.Path(folder)
+    processes.by_first(_prepare, folder, description, keep)
+    store = Store(folder, description, _read_batches(folder, description))
+    if keep is not None and store.batches < keep:
+        raise UserError(f"{folder}: holds {store.batches} of the {keep} batches that its run has written; {_REMEDY}")
+    return store
+
+
+def _prepare(folder: pathlib.Path, description: Description, keep: int | None) -> None:
     path = folder / DESCRIPTION
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -159,10 +167,6 @@ def begin(folder: str | os.PathLike, description: Description, *, keep: int | No
             _remove_from(folder, keep)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({files.reason(error)}); free space, or give another folder") from None
-    store = Store(folder, description, _read_batches(folder, description))
-    if keep is not None and store.batches < keep:
-        raise UserError(f"{folder}: holds {store.batches} of the {keep} batches that its run has written; {_REMEDY}")
-    return store
 
 
 def read(folder: str | os.PathLike) -> Store:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from opd_jax import config as config_lib
+from opd_jax import processes
 from opd_jax.config import Config, ConfigError
 
 log = logging.getLogger(__name__)
@@ -66,8 +67,13 @@ def _check_wandb(project: str) -> None:
 
 
 def make(config: Config, workdir: pathlib.Path, *, kept: int) -> "Trackers":
-    """The trackers of a config that passed `check`. `kept`: the last step whose record stays from an earlier start, -1 at a fresh one."""
+    """The trackers of a config that passed `check`; none but in the first process.
+
+    `kept`: the last step whose record stays from an earlier start, -1 at a fresh one.
+    """
     chosen: dict[str, Tracker] = {}
+    if not processes.first():
+        return Trackers(chosen)
     if config.log.tensorboard:
         chosen["tensorboard"] = TensorBoard(config, workdir, kept=kept)
     if config.log.wandb:

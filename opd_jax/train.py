@@ -3,11 +3,13 @@
 import functools
 import hashlib
 import pathlib
+import sys
+import time
 from collections.abc import Callable, Iterator
 
 import jax
 
-from opd_jax import checkpoint, score_cache, store
+from opd_jax import checkpoint, processes, score_cache, store
 from opd_jax import config as config_lib
 from opd_jax.cli import Interrupted, StopRequest
 from opd_jax.config.loading import load_config
@@ -15,6 +17,8 @@ from opd_jax.data.tasks import Example, Task, Verdict
 from opd_jax.job import setup
 from opd_jax.metrics import Progress
 from opd_jax.recorder import Recorder
+
+WAIT_SECONDS = 0.2  # between two looks at what another process makes
 
 
 def run(
@@ -33,19 +37,19 @@ def run(
 
     What is yielded is already in metrics.jsonl. Leaving the loop early saves the state. Raises UserError, before any work, for
     a config or workdir that cannot be used; Interrupted once `stop` is set; FloatingPointError when a loss or gradient is not finite. The
-    state is saved in each case.
+    state is saved in each case. Of several processes each calls it with the same arguments; a `stop` in one of them stops all.
     """
     progress = progress or Progress(quiet=True)
     parsed = config_lib.parse(config)
     recipes, stores = (functools.partial(make, stop=stop, progress=progress) for make in (make_model, make_store))
     job = setup(parsed, workdir, make_model=recipes, make_store=stores, progress=progress, own_task=task, own_judge=judge)
-    recorder = Recorder(job, progress)
+    recorder, asked = Recorder(job, progress), processes.Agreement()
     try:
         progress.begin(job.config.steps, done=job.step)
         yield from recorder.start()
         for step in range(job.step, job.config.steps):
-            if stop:
-                raise Interrupted(stop.signum)
+            if signum := asked(stop.signum if stop else 0):
+                raise Interrupted(signum)
             with jax.set_mesh(job.mesh):
                 prompts = job.pipeline.batch(step)
                 scorer = job.scorer(recorder.state)
@@ -56,17 +60,20 @@ def run(
                 recorder.state, measured = job.update(recorder.state, job.frozen, made.batch, job.student.params)
             yield from recorder.record(step + 1, prompts, completions, made, measured, annotated)
     finally:
-        recorder.close()
+        recorder.close(sys.exception())
 
 
 def make_model(recipe: str, cache_dir: str, *, stop: StopRequest | None = None, progress: Progress | None = None) -> str:
     """Runs the config of a recipe, configs/FILE.py[:arg], to its end unless that is done; returns its run directory under `cache_dir`."""
     config, workdir = locate_recipe(recipe, cache_dir)
-    if not is_made(config, workdir):
+
+    def make() -> None:
         if progress is not None:
             progress.phase(f"making {recipe} in {workdir} (once)")
         for _ in run(config, workdir, stop=stop, progress=progress):
             pass
+
+    _once(make, lambda: is_made(config, workdir), stop)
     return str(workdir)
 
 
@@ -74,11 +81,26 @@ def make_store(recipe: str, cache_dir: str, *, stop: StopRequest | None = None, 
     """Writes the store of a config, configs/FILE.py[:arg], unless that is done; returns its folder under `cache_dir`."""
     config, folder = locate_recipe(recipe, cache_dir)
     progress = progress or Progress(quiet=True)
-    if not store.is_whole(folder):
+
+    def make() -> None:
         progress.phase(f"writing the store of {recipe} in {folder} (once)")
         recipes = functools.partial(make_model, stop=stop, progress=progress)
         score_cache.write(config_lib.parse(config), folder, make_model=recipes, stop=stop, progress=progress)
+
+    _once(make, lambda: store.is_whole(folder), stop)
     return str(folder)
+
+
+def _once(make: Callable[[], None], is_there: Callable[[], bool], stop: StopRequest | None) -> None:
+    """Makes what is not there. Of several processes the first makes it alone, on its own devices: what comes of it is the same as ever."""
+    if processes.first():
+        with processes.alone():
+            if not is_there():
+                make()
+    while processes.count() > 1 and not is_there():
+        if stop:
+            raise Interrupted(stop.signum)
+        time.sleep(WAIT_SECONDS)
 
 
 def locate_recipe(recipe: str, cache_dir: str) -> tuple:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from opd_jax import parallel
+from opd_jax import parallel, processes
 from opd_jax.data.tokenizer import Tokenizer
 from opd_jax.environments import Environment
 from opd_jax.sampler import Given
@@ -49,27 +49,26 @@ class Turns:
         for turn in range(self.max_turns):
             given = parallel.shard_batch(Given(log.tokens_BT, log.length_B, log.ended_B), self.mesh)
             log.take(sample(stop_ids=stop_ids, given=given), self.tokenizer.eos_ids)
-            for row in np.flatnonzero(~log.ended_B):
-                self._answer(log, row, last=turn == self.max_turns - 1)
+            self._answer(log, last=turn == self.max_turns - 1)
             if log.ended_B.all():
                 break
         present_BT = np.arange(max_new_tokens)[None, :] < log.length_B[:, None]
-        arrays = (log.tokens_BT, log.mask_BT, log.logp_BT, log.behaviour_logp_BT, np.asarray(id_B), log.stopped_B, present_BT)
+        arrays = (log.tokens_BT, log.mask_BT, log.logp_BT, log.behaviour_logp_BT, processes.to_host(id_B), log.stopped_B, present_BT)
         return Rollout(*parallel.shard_batch(arrays, self.mesh))
 
-    def _answer(self, log: "_Log", row: int, *, last: bool) -> None:
-        """Appends what the environment says to a row that has made a call, or ends the row."""
-        start, end = log.begun_B[row], log.length_B[row]
-        turn = log.tokens_BT[row, start:end].tolist()
-        if last or turn[-1] not in self.pauses:
-            log.ended_B[row] = True
-            return
-        answer = self.tokenizer.encode(self.environment.answer(self.tokenizer.decode(turn)).text)
-        if end + len(answer) >= log.tokens_BT.shape[1]:
-            log.ended_B[row] = True
-            return
-        log.tokens_BT[row, end : end + len(answer)] = answer
-        log.begun_B[row] = log.length_B[row] = end + len(answer)
+    def _answer(self, log: "_Log", *, last: bool) -> None:
+        """Appends what the environment says to the rows that have made a call, and ends the others. Each process asks for its part."""
+        turns = {row: log.tokens_BT[row, log.begun_B[row] : log.length_B[row]].tolist() for row in np.flatnonzero(~log.ended_B)}
+        calls = {row: turn for row, turn in turns.items() if not last and turn[-1] in self.pauses}
+        said = lambda calls: [self.environment.answer(self.tokenizer.decode(turn)).text for turn in calls]
+        answers = dict(zip(calls, processes.divide(said, list(calls.values())), strict=True))
+        for row in turns:
+            answer, end = self.tokenizer.encode(answers[row]) if row in answers else [], log.length_B[row]
+            if row not in answers or end + len(answer) >= log.tokens_BT.shape[1]:
+                log.ended_B[row] = True
+                continue
+            log.tokens_BT[row, end : end + len(answer)] = answer
+            log.begun_B[row] = log.length_B[row] = end + len(answer)
 
 
 @dataclasses.dataclass
@@ -92,12 +91,13 @@ class _Log:
 
     def take(self, written: Rollout, eos_ids: tuple[int, ...]) -> None:
         """Adds what a turn drew; rows that have ended draw nothing."""
-        new_BT = np.asarray(written.mask_BT)
+        written = processes.to_host(written)
+        new_BT = written.mask_BT
         self.tokens_BT = np.array(written.tokens_BT)
-        self.logp_BT = np.where(new_BT, np.asarray(written.logp_BT), self.logp_BT)
-        self.behaviour_logp_BT = np.where(new_BT, np.asarray(written.behaviour_logp_BT), self.behaviour_logp_BT)
+        self.logp_BT = np.where(new_BT, written.logp_BT, self.logp_BT)
+        self.behaviour_logp_BT = np.where(new_BT, written.behaviour_logp_BT, self.behaviour_logp_BT)
         self.mask_BT |= new_BT
-        self.length_B = np.asarray(written.standing_BT).sum(1, dtype=np.int32)
+        self.length_B = written.standing_BT.sum(1, dtype=np.int32)
         final_B = self.tokens_BT[np.arange(len(new_BT)), self.length_B - 1]
         self.stopped_B |= ~self.ended_B & np.isin(final_B, eos_ids)
         self.ended_B = self.ended_B | self.stopped_B

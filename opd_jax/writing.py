@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from opd_jax import parallel
+from opd_jax import parallel, processes
 from opd_jax.config import Config, ConfigError
 from opd_jax.data.contexts import Reader
 from opd_jax.data.pipeline import Encoder
@@ -39,7 +39,7 @@ class Writer:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), _WRITES), kind), step)
         law = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, "stop_ids": self.tokenizer.eos_ids}
         rollout = sample(params, self.model, parallel.shard_batch(prompts, self.mesh), key=key, **law)
-        tokens_BT, mask_BT = np.asarray(rollout.tokens_BT), np.asarray(rollout.mask_BT)
+        tokens_BT, mask_BT = processes.to_host((rollout.tokens_BT, rollout.mask_BT))
         texts = [self.tokenizer.decode(tokens[mask].tolist()).strip() for tokens, mask in zip(tokens_BT, mask_BT, strict=True)]
         return Written(texts, int(prompts.mask_BS.sum()), int(mask_BT.sum()))
 

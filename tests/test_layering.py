@@ -14,6 +14,7 @@ PACKAGE = ROOT / "opd_jax"
 # From top to bottom; the modules of one line may not import each other unless they are one package.
 FLOORS = """types
 files
+processes
 config cli glossary
 numerics
 parallel

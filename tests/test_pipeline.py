@@ -1,4 +1,4 @@
-"""A batch is a function of seed and step; every row has a draw of its own; padding, truncation, processes."""
+"""A batch is a function of seed and step; every row has a draw of its own; padding, truncation."""
 
 import numpy as np
 import pytest
@@ -60,15 +60,6 @@ def test_prompts_are_padded_on_the_left_to_a_bucket():
     assert prompts.mask_BS.sum(1).tolist() == [2, 17]
     assert prompts.tokens_BS[0, -2:].tolist() == [97, 98] and set(prompts.tokens_BS[0, :-2]) == {byte().pad_id}
     assert prompts.id_B.tolist() == [5, 1]
-
-
-def test_processes_share_a_step_without_overlap():
-    whole = make().batch(2)
-    parts = [make(process_index=i, process_count=2).batch(2) for i in range(2)]
-    assert [e for part in parts for e in part.examples] == whole.examples
-    np.testing.assert_array_equal(np.concatenate([part.prompts.id_B for part in parts]), whole.prompts.id_B)
-    with pytest.raises(UserError, match="4 prompts per step cannot be split over 3 processes"):
-        make(process_count=3)
 
 
 def test_overlong_prompts_are_refused_before_the_first_step_or_truncated_and_counted():

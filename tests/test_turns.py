@@ -208,7 +208,7 @@ class Watched(CalculatorTask):
 def test_an_answer_is_given_where_a_token_fits_behind_it(length, room):
     log = _Log.empty(1, length)
     log.tokens_BT[0, :3], log.length_B[0] = list(b"<1>"), 3
-    Turns(Lengths(), byte(), 9, parallel.make_mesh())._answer(log, 0, last=False)
+    Turns(Lengths(), byte(), 9, parallel.make_mesh())._answer(log, last=False)
     assert (int(log.length_B[0]), bool(log.ended_B[0])) == ((5, False) if room else (3, True))
     assert bytes(log.tokens_BT[0].tolist()).rstrip(b"\0") == (b"<1>3;" if room else b"<1>")
 

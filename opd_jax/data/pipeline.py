@@ -48,7 +48,8 @@ class Batch:
 
 
 class Pipeline:
-    """`batch(step)` for any step, in any order. With several processes each gets its slice of every step's examples.
+    """`batch(step)` for any step, in any order. Several processes read the same examples; each puts its rows on its devices
+    (parallel.shard_batch): which rows those are is the mesh's to say, not the pipeline's.
 
     `ids_below`: every example's id is below it; None: the number of examples.
     """
@@ -62,18 +63,12 @@ class Pipeline:
         prompts_per_step: int,
         group_size: int,
         seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
         ids_below: int | None = None,
     ):
         if not len(examples):
             raise UserError("the task has no training examples; give more data, or lower task.eval_size")
-        if prompts_per_step % process_count:
-            raise UserError(
-                f"{prompts_per_step} prompts per step cannot be split over {process_count} processes; change rollout.batch_size"
-            )
         self._student, self._teacher, self._group_size = student, teacher, group_size
-        self._per_step, self._process = prompts_per_step, (process_index, process_count)
+        self._per_step = prompts_per_step
         self._ids_below = len(examples) if ids_below is None else ids_below
         self._order = grain.MapDataset.source(examples).seed(seed).shuffle().repeat()
         if len(examples) <= CHECKED_AT_ONCE:
@@ -85,11 +80,9 @@ class Pipeline:
         """The batch of update number `step` (from 0)."""
         examples = [self._order[step * self._per_step + i] for i in range(self._per_step)]
         occurrences = _occurrences([example.id for example in examples])
-        index, count = self._process
-        mine = slice(index * self._per_step // count, (index + 1) * self._per_step // count)
         # A prompt that comes twice in one step (few prompts, large batch) must not draw the same completion twice.
         ids = [(example.id + self._ids_below * seen) for example, seen in zip(examples, occurrences, strict=True)]
-        return self.encode(examples[mine], [i * self._group_size + g for i in ids[mine] for g in range(self._group_size)])
+        return self.encode(examples, [i * self._group_size + g for i in ids for g in range(self._group_size)])
 
     def encode(self, examples: list[Example], rollout_ids: Sequence[int]) -> Batch:
         """A batch of any examples, with the ids of their rollouts."""

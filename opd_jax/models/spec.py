@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from opd_jax import parallel
+from opd_jax import parallel, processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ def content_hash(params: dict) -> str:
     """Hex digest of names, shapes and bytes of a parameter tree, the same for any sharding."""
     digest = hashlib.blake2b(digest_size=16)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        array = np.asarray(leaf)
+        array = processes.to_host(leaf)
         digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
