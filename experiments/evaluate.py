@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
     if not config.has_teacher(parsed):
         progress.phase("no teacher is configured: the KL is left out; --config.teacher.path=DIR adds it")
     task = tasks.from_config(parsed)
-    mesh = parallel.make_mesh(parsed.mesh.data, parsed.mesh.fsdp, parsed.mesh.tensor)
+    mesh = parallel.from_settings(parsed.mesh)
     parsed = recipes.run_recipes(parsed, functools.partial(train.make_model, progress=progress))
     progress.phase("loading the models")
     pair = open_pair(parsed, None, mesh)

@@ -35,11 +35,12 @@ flags.mark_flags_as_required(["config"])
 def main(argv: list[str]) -> None:
     parsed = config.parse(CONFIG.value)
     asked = parsed.mesh
-    devices = asked.data * asked.fsdp * asked.tensor
+    devices = asked.devices
     if DEVICES.value not in (None, devices):
+        sizes = " * ".join(f"mesh.{axis}" for axis in parallel.AXES)
+        given = " * ".join(str(getattr(asked, axis)) for axis in parallel.AXES)
         raise UserError(
-            f"--devices={DEVICES.value}: mesh.data * mesh.fsdp * mesh.tensor = {asked.data} * {asked.fsdp} * {asked.tensor} = {devices}; "
-            f"make the product {DEVICES.value}, or leave the flag out"
+            f"--devices={DEVICES.value}: {sizes} = {given} = {devices}; make the product {DEVICES.value}, or leave the flag out"
         )
     if COMPILE.value:  # before jax looks for devices
         if parsed.rollout.source != "student" or parsed.rollout.aggregate:
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", devices)
     models = outlines.of_config(parsed)
-    plan = memory_plan.plan(parsed, memory_plan.abstract_mesh(asked.data, asked.fsdp, asked.tensor), models)
+    plan = memory_plan.plan(parsed, memory_plan.abstract_mesh(asked.data, asked.fsdp, asked.tensor, asked.sequence), models)
     print(memory_plan.table(plan))
     if COMPILE.value:
         compile_programs(parsed, models)
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> None:
 
 def compile_programs(parsed: config.Config, models: outlines.Outlines) -> None:
     """Prints what XLA says of each program, on the devices there are."""
-    mesh = parallel.make_mesh(parsed.mesh.data, parsed.mesh.fsdp, parsed.mesh.tensor)
+    mesh = parallel.from_settings(parsed.mesh)
     print("\nXLA on virtual CPU devices, bytes on each:")
     for name, program in aot.PROGRAMS.items():
         begin = time.perf_counter()

@@ -163,7 +163,7 @@ def _checked(config: Config, workdir: str | os.PathLike, own_task: tasks.Task | 
     objective = objective_lib.from_config(config, has_teacher=config_lib.has_teacher(config))
     recipes.check(config, resumed=bool(checkpoint.Checkpoints(pathlib.Path(workdir) / "checkpoints").steps()))
     trackers.check(config.log)
-    mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = parallel.from_settings(config.mesh)
     task = tasks.from_config(config, own_task)
     tasks.check_turns(config, task)
     if config_lib.keeps_scores(config):

@@ -61,9 +61,9 @@ class Plan:
         return self.total(when=(ALWAYS,), exact=True) + max(counted)
 
 
-def abstract_mesh(data: int, fsdp: int, tensor: int) -> AbstractMesh:
+def abstract_mesh(data: int, fsdp: int, tensor: int, sequence: int = 1) -> AbstractMesh:
     """A mesh of devices that are not there: for plans, not for programs."""
-    return AbstractMesh((data, fsdp, tensor), parallel.AXES, axis_types=(AxisType.Auto,) * 3)
+    return AbstractMesh((data, fsdp, sequence, tensor), parallel.AXES, axis_types=(AxisType.Auto,) * len(parallel.AXES))
 
 
 def plan(config: Config, mesh: Mesh | AbstractMesh, models: Outlines | None = None) -> Plan:
@@ -223,7 +223,7 @@ def preflight(config: Config, mesh: Mesh) -> str:
     except UserError as error:
         return f"memory is not planned: {error}"
     made = plan(config, mesh, models)
-    shape = f"mesh.data, fsdp, tensor = {', '.join(map(str, mesh.shape.values()))}"
+    shape = f"mesh.{', '.join(mesh.axis_names)} = {', '.join(map(str, mesh.shape.values()))}"
     on_host = mesh.devices.flat[0].platform == "cpu"
     judge(made, shape, device=device_bytes(mesh), host=host_bytes() if on_host else None, sharing=len(mesh.local_devices))
     return line(made)

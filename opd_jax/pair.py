@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from opd_jax import config as config_lib
-from opd_jax import model_io, teachers
+from opd_jax import model_io, parallel, teachers
 from opd_jax.config import Config, ConfigError
 from opd_jax.data import contexts
 from opd_jax.data import tokenizer as tokenizer_lib
@@ -43,16 +43,9 @@ def open_pair(config: Config, resumed_from: pathlib.Path | None, mesh: Mesh) -> 
 
     Raises UserError for a model, tokenizer or template that cannot be used, and for a teacher whose ids are not the student's.
     """
-    adapter = adapter_config(config.student.lora)
-    if resumed_from is not None and adapter is None:
-        student = model_io.read_description(resumed_from)
-    elif config.student.path:
-        dtype = jnp.dtype(config.model.compute_dtype) if adapter else jnp.float32  # what is not trained needs no more than it computes with
-        student = model_io.open_model(config.student.path, mesh=mesh, dtype=dtype)
-        student = dataclasses.replace(student, lora=adapter and _fitted(adapter, student, config.student.lora.targets))
-    else:
-        student = _random_student(config, mesh)
-    others = _open_others(config, student, mesh, resumed_from)
+    with parallel.strict(config.mesh.strict):
+        student = _open_student(config, resumed_from, mesh)
+        others = _open_others(config, student, mesh, resumed_from)
     if config.rollout.stop == "union":
         student, *stopping = _share_stops(student, *others.values())
         others = dict(zip(others, stopping, strict=True))
@@ -64,6 +57,19 @@ def open_pair(config: Config, resumed_from: pathlib.Path | None, mesh: Mesh) -> 
     others = {field: _prepare(model, student.tokenizer, single.get(field, field), **compute) for field, model in others.items()}
     members = {name: others[f"teacher {name}"] for name in members}
     return Pair(prepared, members, others.get("reference.path"), *encoders)
+
+
+def _open_student(config: Config, resumed_from: pathlib.Path | None, mesh: Mesh) -> LoadedModel:
+    adapter = adapter_config(config.student.lora)
+    if resumed_from is not None and adapter is None:
+        student = model_io.read_description(resumed_from)
+        spec.shardings(transformer.param_specs(student.config), mesh)  # refuses them here, before a checkpoint is looked at
+        return student
+    if not config.student.path:
+        return _random_student(config, mesh)
+    dtype = jnp.dtype(config.model.compute_dtype) if adapter else jnp.float32  # what is not trained needs no more than it computes with
+    student = model_io.open_model(config.student.path, mesh=mesh, dtype=dtype)
+    return dataclasses.replace(student, lora=adapter and _fitted(adapter, student, config.student.lora.targets))
 
 
 def _open_others(config: Config, student: LoadedModel, mesh: Mesh, resumed_from: pathlib.Path | None) -> dict[str, LoadedModel]:

@@ -4,18 +4,22 @@ Arrays are described by logical axes ("batch", "vocab", "ffn", ...); `Rules` say
 code states shardings at a few named points and the compiler propagates them. Without a mesh every function here is the identity.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from opd_jax import config as config_lib
 from opd_jax import processes
 from opd_jax.types import UserError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "sequence", "tensor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,24 +34,29 @@ class Rules:
     head_dim: str | None = None
     ffn: str | None = "tensor"
     expert: str | None = None  # a device holds a slice of every expert's width, so that no routing leaves it idle, and no token travels
-    length: str | None = None
+    length: str | None = "sequence"
     act_embed: str | None = None
 
 
 RULES = Rules()
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices=None) -> Mesh:
+def from_settings(settings: config_lib.Mesh) -> Mesh:
+    """The mesh of a config."""
+    return make_mesh(settings.data, settings.fsdp, settings.tensor, settings.sequence)
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, *, devices=None) -> Mesh:
     """A mesh over the devices of all processes, or over one device when every size is 1 and there is one process. Raises UserError."""
     devices = processes.devices() if devices is None else devices
-    shape = (data, fsdp, tensor)
-    size = data * fsdp * tensor
+    shape = (data, fsdp, sequence, tensor)
+    size = math.prod(shape)
     single = processes.count() == 1
     if size == 1 and single:
         devices = devices[:1]
     if size != len(devices):
         raise UserError(
-            f"mesh.data * mesh.fsdp * mesh.tensor = {data} * {fsdp} * {tensor} = {size}, "
+            f"mesh.data * mesh.fsdp * mesh.tensor * mesh.sequence = {data} * {fsdp} * {tensor} * {sequence} = {size}, "
             f"but there are {len(devices)} devices{'' if single else f' of {processes.count()} processes'}: "
             f"make the product {len(devices)}{', or 1 to use one device' if single else ''}"
         )
@@ -57,24 +66,68 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices=None) ->
 def partition_spec(mesh: Mesh, logical_axes: tuple[str | None, ...], shape: tuple[int, ...], rules: Rules = RULES) -> PartitionSpec:
     """The PartitionSpec of an array. A dimension that its mesh axes do not divide is replicated (and logged once)."""
     entries = []
-    used: set[str] = set()
+    users: dict[str, str] = {}  # mesh axis -> the logical axis that lies along it
     for name, size in zip(logical_axes, shape, strict=True):
-        axes = getattr(rules, name) if name else None
-        axes = (axes,) if isinstance(axes, str) else (axes or ())
-        clash = used.intersection(axes)
-        if clash:
-            raise UserError(
-                f"logical axes {logical_axes} use mesh axis {sorted(clash)[0]!r} twice: change the rule for {name!r} in parallel.Rules"
-            )
-        ways = 1
+        axes = _mesh_axes(mesh, name, rules)
         for axis in axes:
-            ways *= mesh.shape[axis]
+            if axis in users:
+                raise UserError(
+                    f"logical axes {users[axis]!r} and {name!r} of one array both lie along mesh axis {axis!r}: change the rule of one in "
+                    "parallel.Rules"
+                )
+        ways = math.prod(mesh.shape[axis] for axis in axes)
         if size % ways:
-            _report_replicated(name, size, axes, ways)
+            if (name, size) != ("length", 1):  # a single token, which decoding reads
+                _report_replicated(name, size, axes, ways)
             axes = ()
-        used.update(axes)
+        users |= dict.fromkeys(axes, name)
         entries.append(axes[0] if len(axes) == 1 else (axes or None))
     return PartitionSpec(*entries)
+
+
+def _mesh_axes(mesh: Mesh, name: str | None, rules: Rules) -> tuple[str, ...]:
+    """The axes of the mesh that carry a logical axis; a mesh of the user's may lack some."""
+    axes = getattr(rules, name) if name else None
+    axes = (axes,) if isinstance(axes, str) else (axes or ())
+    return tuple(axis for axis in axes if axis in mesh.shape)
+
+
+_strict = contextvars.ContextVar("strict", default=False)
+
+
+@contextlib.contextmanager
+def strict(on: bool = True) -> Iterator[None]:
+    """In it a parameter that cannot be divided as the rules say is refused, in place of being replicated."""
+    token = _strict.set(on)
+    try:
+        yield
+    finally:
+        _strict.reset(token)
+
+
+def parameter_sharding(mesh: Mesh, name: str, logical_axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
+    """The NamedSharding of a parameter. Raises UserError within `strict` for a dimension that would be replicated."""
+    if _strict.get():
+        _check_divided(mesh, name, logical_axes, shape)
+    return sharding(mesh, logical_axes, shape)
+
+
+def _check_divided(mesh: Mesh, name: str, logical_axes: tuple[str | None, ...], shape: tuple[int, ...]) -> None:
+    for place, (axis, size) in enumerate(zip(logical_axes, shape, strict=True)):
+        along = _mesh_axes(mesh, axis, RULES)
+        ways = math.prod(mesh.shape[one] for one in along)
+        if size % ways:
+            fields = " * ".join(f"mesh.{one}" for one in along)
+            raise UserError(
+                f"config field {fields} = {ways} does not divide dimension {place} ({axis}) of parameter {name}, which is {size}; give a "
+                "divisor of it, or mesh.strict = False, which replicates it"
+            )
+
+
+def splits_length() -> bool:
+    """Whether the mesh of `jax.set_mesh` has devices along the length."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and any(mesh.shape[axis] > 1 for axis in _mesh_axes(mesh, "length", RULES))
 
 
 _reported: set[tuple] = set()

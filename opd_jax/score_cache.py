@@ -33,7 +33,7 @@ def write(
     store; Interrupted once `stop` is set, with all batches up to then on disk.
     """
     form = _form(config)
-    mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = parallel.from_settings(config.mesh)
     task = tasks.from_config(config)
     tasks.check_turns(config, task)
     config = recipes.run_recipes(config, make_model)

@@ -11,6 +11,9 @@ from opd_jax.models import transformer
 from opd_jax.numerics.estimators import Context
 from opd_jax.types import Prompts, Rollout
 
+# Shapes (data, fsdp, tensor, sequence) of meshes of 8 devices, on which the same must come out as on one.
+MESHES = [(8, 1, 1, 1), (2, 2, 2, 1), (1, 4, 2, 1), (1, 1, 8, 1), (1, 2, 1, 4), (2, 1, 2, 2)]
+
 
 def tiny_config(vocab_size=17, **changes):
     fields = {

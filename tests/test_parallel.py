@@ -6,19 +6,23 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from opd_jax import parallel
+from opd_jax import config, parallel
+from opd_jax.models import spec
+from opd_jax.models.spec import ParamSpec
+from opd_jax.pair import open_pair
 from opd_jax.parallel import Rules
 from opd_jax.types import UserError
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 2, 4)])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (8, 1, 1, 1), (2, 2, 2, 1), (1, 2, 1, 4)])
 def test_a_mesh_has_one_device_or_all(shape):
-    mesh = parallel.make_mesh(*shape)
-    assert tuple(mesh.shape.values()) == shape and mesh.axis_names == ("data", "fsdp", "tensor")
+    mesh, settings = parallel.make_mesh(*shape), config.Mesh(*shape)
+    assert mesh.shape == {axis: getattr(settings, axis) for axis in ("data", "fsdp", "sequence", "tensor")}
+    assert parallel.from_settings(settings) == mesh and settings.devices == mesh.size
 
 
 def test_a_mesh_of_another_size_is_refused():
-    with pytest.raises(UserError, match=r"= 2 \* 1 \* 2 = 4, but there are 8 devices: make the product 8, or 1"):
+    with pytest.raises(UserError, match=r"= 2 \* 1 \* 2 \* 1 = 4, but there are 8 devices: make the product 8, or 1"):
         parallel.make_mesh(2, 1, 2)
 
 
@@ -38,8 +42,37 @@ def test_what_an_axis_cannot_divide_is_replicated_and_reported_once(caplog):
 
 
 def test_a_mesh_axis_used_twice_is_refused():
-    with pytest.raises(UserError, match=r"\('vocab', 'ffn'\) use mesh axis 'tensor' twice: change the rule for 'ffn'"):
-        parallel.partition_spec(parallel.make_mesh(2, 2, 2), ("vocab", "ffn"), (4, 4), Rules())
+    with pytest.raises(UserError, match="logical axes 'vocab' and 'ffn' of one array both lie along mesh axis 'tensor': change the rule"):
+        parallel.partition_spec(parallel.make_mesh(2, 2, 2), ("vocab", "embed", "ffn"), (4, 4, 4), Rules())
+
+
+def test_strict_refuses_what_would_be_replicated(caplog):
+    mesh = parallel.make_mesh(2, 2, 2)
+    divided, odd = ParamSpec((4, 6), ("embed", "ffn")), ParamSpec((4, 7), ("embed", "ffn"))
+    with parallel.strict():
+        assert spec.shardings({"up": divided}, mesh)["up"].spec == PartitionSpec("fsdp", "tensor")
+        for place in (spec.shardings, lambda specs, mesh: spec.abstract(specs, jnp.float32, mesh)):
+            with pytest.raises(
+                UserError, match=r"mesh.tensor = 2 does not divide dimension 1 \(ffn\) of parameter mlp/up, which is 7; give"
+            ):
+                place({"mlp": {"up": odd}}, mesh)
+    assert not caplog.records
+    assert spec.shardings({"mlp": {"up": odd}}, mesh)["mlp"]["up"].spec == PartitionSpec("fsdp", None)
+    assert "axis 'ffn' of size 7 is replicated" in caplog.text
+
+
+def test_a_config_that_is_strict_refuses_a_model(tmp_path):
+    c = config.load_config("configs/quickstart.py:teacher,tiny")
+    c.mesh.tensor, c.mesh.data, c.mesh.strict = 4, 2, True
+    with pytest.raises(UserError, match=r"mesh.tensor = 4 does not divide dimension 0 \(vocab\) of parameter embed, which is 259;"):
+        open_pair(config.parse(c), None, parallel.make_mesh(2, 1, 4))
+    c.mesh.strict = False
+    open_pair(config.parse(c), None, parallel.make_mesh(2, 1, 4))
+
+
+def test_a_mesh_of_the_users_may_lack_axes():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    assert parallel.partition_spec(mesh, ("batch", "length", "ffn"), (8, 4, 4)) == PartitionSpec("data", None, None)
 
 
 def test_batches_lie_over_the_batch_axes_and_the_rest_everywhere():

@@ -74,7 +74,7 @@ def test_order_split_padding_and_length_change_nothing(record_property):
     np.testing.assert_array_equal(longer.mask_BT[:, :8], whole.mask_BT)
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("shape", models.MESHES)
 def test_eight_devices_draw_the_same_tokens(shape):
     params, config, prompts = case(rows=8)
     one = sample(params, config, prompts)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import models
 import numpy as np
 import pytest
 import scipy.stats
@@ -162,7 +163,7 @@ def test_no_two_draws_of_a_step_share_their_uniform():
     assert len(np.unique(grid)) > 0.99 * grid.size  # 23 bits collide by chance now and then
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("shape", models.MESHES)
 def test_uniforms_are_the_same_bits_on_eight_devices(shape):
     mesh = parallel.make_mesh(*shape)
     ids, key = jnp.arange(16, dtype=jnp.uint32), jax.random.key(4)

@@ -27,7 +27,7 @@ def run(config: Config, workdir: str | os.PathLike, *, make_model: Callable[[str
         raise ConfigError(f"config field rollout.max_turns = {config.rollout.max_turns}: a study samples completions of one turn; use 1")
     if study_conditions.enumerable(config):
         return _enumerable(config, workdir, shadows, settings, plan)
-    mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = parallel.from_settings(config.mesh)
     examples = tasks.from_config(config).examples("train")
     rollouts = config.study.rollouts
     plan.check(settings, rollouts, len(examples), mesh)

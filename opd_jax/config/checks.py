@@ -29,10 +29,11 @@ def check_choice(field: str, value: str, valid: tuple[str, ...]) -> None:
 _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     (
         """rollout.batch_size rollout.group_size rollout.max_new_tokens rollout.max_prompt_length learner.microbatches mesh.data mesh.fsdp
-        mesh.tensor eval.samples eval.batch_size checkpoint.every log.samples task.level study.rollouts study.reference study.microbatch
-        study.position_parts study.sketch student.init.hidden_size student.init.intermediate_size student.init.num_hidden_layers
-        student.init.num_attention_heads student.init.num_key_value_heads student.init.max_position_embeddings estimator.clip
-        teacher.every rollout.round context.privileged.write_tokens rollout.max_turns task.difficulty_prompts task.difficulty_samples""",
+        mesh.tensor mesh.sequence eval.samples eval.batch_size checkpoint.every log.samples task.level study.rollouts study.reference
+        study.microbatch study.position_parts study.sketch student.init.hidden_size student.init.intermediate_size
+        student.init.num_hidden_layers student.init.num_attention_heads student.init.num_key_value_heads
+        student.init.max_position_embeddings estimator.clip teacher.every rollout.round context.privileged.write_tokens rollout.max_turns
+        task.difficulty_prompts task.difficulty_samples""",
         lambda value: value >= 1,
         "must be at least 1",
     ),

@@ -290,6 +290,13 @@ class Mesh:
     data: int = 1  # devices along the batch, parameters replicated
     fsdp: int = 1  # devices along the batch, parameters sharded
     tensor: int = 1  # devices along heads, feed-forward width and vocabulary
+    sequence: int = 1  # devices along the length of what is scored and learnt from; sampling repeats itself over them
+    strict: bool = False  # refuse a model with a dimension that an axis does not divide; False: replicate it, and say so once
+
+    @property
+    def devices(self) -> int:
+        """All of them."""
+        return self.data * self.fsdp * self.tensor * self.sequence
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from opd_jax import parallel
 from opd_jax.types import View
 
 
@@ -13,6 +14,9 @@ def states_before(view: View, read: Callable[[jax.Array, jax.Array], jax.Array])
 
     Every row of the prompt needs a real token in its last place.
     """
-    tokens_BL = jnp.concatenate([view.prompt_BS, view.completion_BT], axis=1)[:, :-1]
-    mask_BL = jnp.concatenate([view.prompt_mask_BS.astype(bool), jnp.ones(view.completion_BT.shape, bool)], axis=1)[:, :-1]
-    return read(tokens_BL, mask_BL)[:, view.prompt_BS.shape[1] - 1 :]
+    tokens_BL = jnp.concatenate([view.prompt_BS, view.completion_BT], axis=1)
+    mask_BL = jnp.concatenate([view.prompt_mask_BS.astype(bool), jnp.ones(view.completion_BT.shape, bool)], axis=1)
+    if not parallel.splits_length():  # devices along the length divide that of the whole, not one token less
+        tokens_BL, mask_BL = tokens_BL[:, :-1], mask_BL[:, :-1]
+    first = view.prompt_BS.shape[1] - 1
+    return read(tokens_BL, mask_BL)[:, first : first + view.completion_BT.shape[1]]

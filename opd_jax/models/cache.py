@@ -6,6 +6,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from opd_jax import parallel
+
 
 @flax.struct.dataclass
 class Cache:
@@ -21,6 +23,9 @@ class Cache:
 def from_prompt(keys_BKSH: tuple[jax.Array, ...], values_BKSH: tuple[jax.Array, ...], mask_BS: jax.Array, length: int) -> Cache:
     """A cache with `length` slots, the first S of them filled."""
     prompt = mask_BS.shape[1]
+    if parallel.splits_length():  # generating repeats itself over the devices along the length
+        whole = lambda x_BKSH: parallel.constrain(x_BKSH, "batch", "kv_heads", None, None)
+        keys_BKSH, values_BKSH = (tuple(map(whole, each)) for each in (keys_BKSH, values_BKSH))
     return grown(Cache(keys_BKSH, values_BKSH, mask_BS, mask_BS.sum(1, dtype=jnp.int32), jnp.int32(prompt)), length)
 
 

@@ -31,14 +31,14 @@ def _map(function: Callable, specs: dict) -> dict:
 
 def shardings(specs: dict, mesh: Mesh) -> dict:
     """The NamedSharding of every parameter."""
-    return _map(lambda _, spec: parallel.sharding(mesh, spec.logical_axes, spec.shape), specs)
+    return _map(lambda path, spec: parallel.parameter_sharding(mesh, path, spec.logical_axes, spec.shape), specs)
 
 
 def abstract(specs: dict, dtype, mesh: Mesh | None = None) -> dict:
     """ShapeDtypeStructs, with shardings when a mesh is given."""
 
-    def describe(_, spec: ParamSpec) -> jax.ShapeDtypeStruct:
-        sharding = parallel.sharding(mesh, spec.logical_axes, spec.shape) if mesh is not None else None
+    def describe(path, spec: ParamSpec) -> jax.ShapeDtypeStruct:
+        sharding = parallel.parameter_sharding(mesh, path, spec.logical_axes, spec.shape) if mesh is not None else None
         return jax.ShapeDtypeStruct(spec.shape, dtype, sharding=sharding)
 
     return _map(describe, specs)

@@ -110,6 +110,7 @@ def hidden(params: dict, config: ModelConfig, view: types.View) -> Head:
     Every row of the prompt needs a real token in its last place.
     """
     hidden_BTD = states_before(view, lambda tokens_BL, mask_BL: _read(params, config, tokens_BL, mask_BL)[0])
+    hidden_BTD = constrain(hidden_BTD, "batch", "length", "act_embed")
     return Head(hidden_BTD, _unembedding(params, config), softcap=config.final_softcap, valid_V=_valid_vocabulary(config))
 
 

@@ -40,7 +40,7 @@ def make(workers: int, configs: Sequence[Config]) -> list[Slot]:
     platform, devices, chips = _probe()
     if platform == "cpu":
         return [Slot(cores=cores) for cores in share_cores(sorted(_usable_cores()), workers)]
-    return accelerators(platform, devices, chips, workers, max(c.mesh.data * c.mesh.fsdp * c.mesh.tensor for c in configs))
+    return accelerators(platform, devices, chips, workers, max(c.mesh.devices for c in configs))
 
 
 def _probe() -> tuple[str, int, int]:
