@@ -14,11 +14,12 @@ import pytest
 import safetensors.numpy
 import torch
 import transformers
+from flax import traverse_util
 
 from opd_jax import config as config_lib
 from opd_jax import pair, parallel
 from opd_jax.models import config as model_config
-from opd_jax.models import families, hf, spec, transformer
+from opd_jax.models import families, hf, spec, transformer, weights
 from opd_jax.types import UserError
 
 
@@ -196,6 +197,19 @@ def test_each_tensor_goes_straight_to_its_sharding(llama):
     expected = spec.shardings(transformer.param_specs(config), mesh)
     assert all(jax.tree.leaves(jax.tree.map(lambda p, s: p.sharding == s, params, expected)))
     assert params["layers"]["0"]["mlp"]["up"].addressable_shards[0].data.shape == (16, 24)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe-some-layers"])
+def test_a_part_of_a_parameter_is_read_as_the_whole_has_it(name, tmp_path):
+    """What the devices of one process among several hold."""
+    config = model_config.from_hf(hf_oracle.fields_of(name), where="test")
+    hf.save(tmp_path, transformer.init(jax.random.key(0), config), config)
+    files, mesh = weights.tensor_files(tmp_path), parallel.make_mesh(2, 2, 2)
+    for path, param in traverse_util.flatten_dict(transformer.param_specs(config), sep="/").items():
+        whole = hf._from_files(files, path, param.shape, config, None)
+        for index in parallel.sharding(mesh, param.logical_axes, param.shape).devices_indices_map(param.shape).values():
+            part = tuple(one.indices(size)[:2] for one, size in zip(index, param.shape, strict=True))
+            np.testing.assert_array_equal(hf._from_files(files, path, param.shape, config, None, part), whole[index])
 
 
 @pytest.mark.slow

@@ -1,12 +1,13 @@
 """Hugging Face folders in and out: config.json and safetensors, tensor by tensor, bit for bit."""
 
+import functools
 import json
 import math
 import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -17,11 +18,13 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from opd_jax import files as files_lib
+from opd_jax import parallel
 from opd_jax.models import config as config_lib
 from opd_jax.models import spec, transformer, weights
 from opd_jax.models.config import ModelConfig
 from opd_jax.types import UserError
 
+Part = tuple[tuple[int, int], ...]  # (first, end) of each axis
 MAX_FILE_BYTES = 5 * 10**9  # of one weights file; a model above it is written in several, with an index
 # The largest config.json fields that are looked at.
 _LARGEST = {"num_hidden_layers": 10_000} | dict.fromkeys(
@@ -99,6 +102,8 @@ def local_folder(path_or_repo: str | pathlib.Path) -> pathlib.Path:
 def load(path_or_repo: str | pathlib.Path, *, mesh: Mesh | None = None, dtype=None) -> tuple[dict, ModelConfig]:
     """(params, config) of a folder or hub id. Each tensor goes straight to its sharding; `dtype` None keeps what the files hold.
 
+    Of several processes each reads what its devices hold.
+
     Raises UserError that names the file and the field or tensor: an unknown architecture, a field that is not implemented, a tensor that is
     missing, unused, of another shape or of a type other than float32, bfloat16 and float16.
     """
@@ -114,8 +119,8 @@ def load(path_or_repo: str | pathlib.Path, *, mesh: Mesh | None = None, dtype=No
     _check_names(folder, model_config, specs, files)
     params = {}
     for path, param in specs.items():
-        array = _from_files(files, path, param.shape, model_config)
-        params[path] = _place(array if dtype is None else array.astype(dtype), param, mesh)
+        read = functools.partial(_from_files, files, path, param.shape, model_config, dtype)
+        params[path] = _place(path, read, param, mesh)
     return traverse_util.unflatten_dict(params, sep="/"), model_config
 
 
@@ -217,20 +222,46 @@ def check_fields(fields: dict[str, Any], *, where: str) -> None:
             raise UserError(f"{where}: {name} = {files_lib.shown(value)}: must be text; correct it")
 
 
-def _from_files(files: dict[str, weights.File], path: str, shape: tuple[int, ...], config: ModelConfig) -> np.ndarray:
-    """One of our parameters, in our layout."""
+def _from_files(
+    files: dict[str, weights.File], path: str, shape: tuple[int, ...], config: ModelConfig, dtype, part: Part | None = None
+) -> np.ndarray:
+    """One of our parameters, or a part of it, in our layout."""
     names, inputs = _names_in_file(path, config)
-    one = shape[1:] if _EXPERT in path else shape
-    arrays = [weights.read(files[name], name, _shape_in_file(one, inputs)) for name in names]
-    arrays = arrays if inputs is None else [np.ascontiguousarray(array.T).reshape(one) for array in arrays]
-    return np.stack(arrays) if _EXPERT in path else arrays[0]
+    experts, one = part is not None and _EXPERT in path, shape[1:] if _EXPERT in path else shape
+    names = names[slice(*part[0])] if experts else names
+    cut = None if part is None else part[1:] if experts else part
+    there = None if cut is None else _part_in_file(cut, one, inputs)
+    arrays = [weights.read(files[name], name, _shape_in_file(one, inputs), there) for name in names]
+    if inputs is not None:
+        one = one if cut is None else tuple(stop - start for start, stop in cut)
+        arrays = [np.ascontiguousarray(array.T).reshape(one) for array in arrays]
+    array = np.stack(arrays) if _EXPERT in path else arrays[0]
+    return array if dtype is None else array.astype(dtype)
 
 
-def _place(array: np.ndarray, param: spec.ParamSpec, mesh: Mesh | None) -> jax.Array:
+def _part_in_file(part: Part, shape: tuple[int, ...], inputs: int | None) -> tuple[slice, ...]:
+    """Where a part of ours lies in a tensor of a file: of merged axes the first is the one that is divided."""
+    if inputs is None:
+        return tuple(slice(*bounds) for bounds in part)
+
+    def merged(axes: slice) -> slice:
+        inner = math.prod(shape[axes][1:])
+        assert part[axes][1:] == tuple((0, size) for size in shape[axes][1:]), f"{part} of {shape} is not one block of rows and columns"
+        return slice(part[axes][0][0] * inner, part[axes][0][1] * inner)
+
+    return merged(slice(inputs, None)), merged(slice(0, inputs))
+
+
+def _place(path: str, read: Callable[..., np.ndarray], param: spec.ParamSpec, mesh: Mesh | None) -> jax.Array:
     if mesh is None:
-        return jax.device_put(array)
-    sharding = spec.shardings({"": param}, mesh)[""]
-    return jax.make_array_from_callback(param.shape, sharding, lambda index: np.ascontiguousarray(array[index]))
+        return jax.device_put(read())
+    sharding = parallel.parameter_sharding(mesh, path, param.logical_axes, param.shape)
+    if sharding.is_fully_addressable:
+        array = read()
+        return jax.make_array_from_callback(param.shape, sharding, lambda index: np.ascontiguousarray(array[index]))
+    bounds = lambda index: tuple(one.indices(size)[:2] for one, size in zip(index, param.shape, strict=True))
+    once = functools.cache(lambda part: read(part=part))  # several devices may hold the same
+    return jax.make_array_from_callback(param.shape, sharding, lambda index: once(bounds(index)))
 
 
 # ---- writing

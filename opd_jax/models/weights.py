@@ -99,8 +99,11 @@ def _indexed_files(folder: pathlib.Path) -> dict[str, File]:
     return held
 
 
-def read(file: File, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """One tensor. Raises UserError that names it where shape or type are others, or where a number is NaN or infinite."""
+def read(file: File, name: str, shape: tuple[int, ...], part: tuple[slice, ...] | None = None) -> np.ndarray:
+    """One tensor, or the part of it that is asked for: no more is read.
+
+    Raises UserError that names it where shape or type are others, or where a number is NaN or infinite.
+    """
     described = file.handle.get_slice(name)
     if tuple(described.get_shape()) != shape:
         raise UserError(
@@ -109,7 +112,7 @@ def read(file: File, name: str, shape: tuple[int, ...]) -> np.ndarray:
     kind = described.get_dtype()
     if kind not in _EXPONENT:
         raise UserError(f"{file.path}: tensor {name!r} is of type {kind}; valid: {', '.join(_EXPONENT)}; convert it")
-    array = file.handle.get_tensor(name)
+    array = file.handle.get_tensor(name) if part is None else described[part]
     if not _all_finite(array, _EXPONENT[kind]):
         raise UserError(f"{file.path}: tensor {name!r} holds NaN or an infinity; every weight must be finite: restore the file")
     return array
