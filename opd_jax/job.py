@@ -40,7 +40,7 @@ from opd_jax.data import privileged, tasks
 from opd_jax.data.pipeline import Pipeline
 from opd_jax.evaluate import Evaluator
 from opd_jax.model_io import LoadedModel
-from opd_jax.models import lora, spec
+from opd_jax.models import attention_kernels, lora, spec
 from opd_jax.pair import Pair, open_pair
 from opd_jax.samples import SampleLog
 from opd_jax.teachers import Bank, Parameters
@@ -163,6 +163,7 @@ def _checked(config: Config, workdir: str | os.PathLike, own_task: tasks.Task | 
     objective = objective_lib.from_config(config, has_teacher=config_lib.has_teacher(config))
     recipes.check(config, resumed=bool(checkpoint.Checkpoints(pathlib.Path(workdir) / "checkpoints").steps()))
     trackers.check(config.log)
+    attention_kernels.check(config.model.attention, config.model.compute_dtype)
     mesh = parallel.from_settings(config.mesh)
     task = tasks.from_config(config, own_task)
     tasks.check_turns(config, task)

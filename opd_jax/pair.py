@@ -15,8 +15,8 @@ from opd_jax.data import contexts
 from opd_jax.data import tokenizer as tokenizer_lib
 from opd_jax.data.pipeline import Encoder
 from opd_jax.model_io import LoadedModel
+from opd_jax.models import attention_kernels, hf, lora, spec, transformer
 from opd_jax.models import config as model_config_lib
-from opd_jax.models import hf, lora, spec, transformer
 from opd_jax.models.config import ModelConfig
 from opd_jax.models.lora import LoraConfig
 from opd_jax.types import UserError
@@ -51,7 +51,7 @@ def open_pair(config: Config, resumed_from: pathlib.Path | None, mesh: Mesh) -> 
         others = dict(zip(others, stopping, strict=True))
     members = {name: others[f"teacher {name}"] for name in teachers.asked(config)}
     encoders = _make_encoders(config, student, members, list(others.values()))
-    compute = {"compute_dtype": config.model.compute_dtype}
+    compute = {"compute_dtype": config.model.compute_dtype, "attention": config.model.attention}
     prepared = _prepare(student, student.tokenizer, "student.path", remat=config.model.remat, **compute)
     single = {"teacher teacher": "teacher.path"}
     others = {field: _prepare(model, student.tokenizer, single.get(field, field), **compute) for field, model in others.items()}
@@ -127,7 +127,10 @@ def _share_stops(*models: LoadedModel) -> tuple[LoadedModel, ...]:
 
 def _prepare(model: LoadedModel, tokenizer: tokenizer_lib.Tokenizer, field: str, **settings) -> LoadedModel:
     model = teachers.mask_padding(model, tokenizer, field=field)
-    return dataclasses.replace(model, config=dataclasses.replace(model.config, **settings))
+    model = dataclasses.replace(model, config=dataclasses.replace(model.config, **settings))
+    for rule in {transformer.attention_rule(model.config, layer) for layer in model.config.layers}:
+        attention_kernels.check(model.config.attention, model.config.compute_dtype, model.config.head_dim, rule)
+    return model
 
 
 def random_outline(shape: config_lib.Architecture, tokenizer: tokenizer_lib.Tokenizer) -> ModelConfig:

@@ -183,6 +183,19 @@ def over_rows(function: Callable, x_B: jax.Array, weights):
     return jax.shard_map(function, in_specs=(rows, PartitionSpec()), out_specs=rows, axis_names=manual)(x_B, weights)
 
 
+def over_rows_and_heads(function: Callable, heads: list, x_BL: jax.Array) -> jax.Array:
+    """`function(heads, x_BL)`, where each device reads its rows and attention heads alone; `heads` and the result are [B, N, L, H].
+
+    For kernels that the compiler cannot split. Without a mesh just the function.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function(heads, x_BL)
+    of_heads = partition_spec(mesh, ("batch", "heads", None, None), heads[0].shape)
+    specs = ([of_heads] * len(heads), PartitionSpec(of_heads[0]))
+    return jax.shard_map(function, in_specs=specs, out_specs=of_heads, check_vma=False)(heads, x_BL)
+
+
 def shard_batch(tree, mesh: Mesh):
     """Puts arrays on the mesh with their leading axis over the batch axes; each process puts the rows that its devices hold."""
     return jax.tree.map(lambda x: put(x, sharding(mesh, ("batch",) + (None,) * (x.ndim - 1), x.shape)), tree)

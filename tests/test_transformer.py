@@ -223,6 +223,26 @@ def test_rematerialisation_changes_memory_alone(name):
     assert repeats[0] == 0 and repeats[1] >= config.num_layers
 
 
+@pytest.mark.parametrize("equation, inputs, weights", [("bld,dnh->blnh", (2, 3, 8), (8, 2, 4)), ("blnh,nhd->bld", (2, 3, 2, 4), (2, 4, 8))])
+def test_bfloat16_products_and_their_gradients_round_operands_alone(equation, inputs, weights):
+    """Also the cotangent, an operand of both gradients; sums and results are float32, those of float32 parameters too."""
+    config = make(compute_dtype="bfloat16")[1]
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in (inputs, weights))
+    out, pull_back = jax.vjp(lambda x, w: transformer._matmul(equation, x, w, config), x, w)
+    cotangent = jnp.asarray(rng.normal(size=out.shape), jnp.float32)
+    rounded = [np.asarray(array.astype(jnp.bfloat16), np.float64) for array in (x, w, cotangent)]
+    (of_x, of_w), of_out = equation.split("->")[0].split(","), equation.split("->")[1]
+    expected = [
+        np.einsum(equation, rounded[0], rounded[1]),
+        np.einsum(f"{of_out},{of_w}->{of_x}", rounded[2], rounded[1]),
+        np.einsum(f"{of_x},{of_out}->{of_w}", rounded[0], rounded[2]),
+    ]
+    for found, exact in zip((out, *pull_back(cotangent)), expected, strict=True):
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3", "gemma2", "mistral-window"])
 def test_bfloat16_compute_with_float32_parameters(name):

@@ -107,6 +107,7 @@ def validate(config: Config) -> None:
     check_choice("loss.normaliser", config.loss.normaliser, ("token_mean", "sequence_mean", "sequence_sum", "constant"))
     check_choice("learner.schedule", config.learner.schedule, ("constant", "linear", "cosine"))
     check_choice("model.compute_dtype", config.model.compute_dtype, ("float32", "bfloat16"))
+    check_choice("model.attention", config.model.attention, ("auto", "xla", "cudnn", "flash"))
     check_choice("student.init.model_type", config.student.init.model_type, FAMILIES)
     _check_experts(config.student.init)
     masking, longest = config.masking, config.rollout.max_new_tokens

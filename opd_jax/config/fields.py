@@ -283,6 +283,9 @@ class Learner:
 class Model:
     compute_dtype: str = "float32"  # float32 or bfloat16 arithmetic; the student's parameters, log-probs and losses stay float32
     remat: bool = False  # recompute each layer's activations in the backward pass
+    # Of whole sequences: xla (any machine), cudnn (GPU, bfloat16) or flash (TPU); auto takes a kernel where the machine, the type and the
+    # layer let it (opd_jax/models/attention_kernels.py), and xla elsewhere.
+    attention: str = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -405,7 +408,7 @@ class Config:
 
 
 # Fields that do not change the numbers of an update (a mesh: but by rounding): they may differ when a run is resumed. `steps` may grow.
-FREE_ON_RESUME = ("eval.", "log.", "checkpoint.", "mesh.", "cache_dir", "study.")
+FREE_ON_RESUME = ("eval.", "log.", "checkpoint.", "mesh.", "cache_dir", "study.", "model.attention")
 
 
 def flatten(config: Config | dict, prefix: str = "") -> dict[str, Any]:

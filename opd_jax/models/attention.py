@@ -1,21 +1,16 @@
-"""Attention between queries and keys that have been projected and rotated; letters as in transformer.py."""
+"""Attention between queries and keys that have been projected and rotated; letters as in transformer.py.
 
-import dataclasses
+Whole sequences (training, scoring, prompts) may be read by a kernel; a generated token, one query, is always read by `to_all`.
+"""
 
 import jax
 import jax.numpy as jnp
 
+from opd_jax.models import attention_kernels
+from opd_jax.models.attention_kernels import Rule
+
 _LONG = 64  # tokens
 _QUERY_BLOCKS = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """How scores are made, and what a query may see."""
-
-    scale: float  # of the product of query and key
-    softcap: float | None = None  # scores are softcap * tanh(score / softcap)
-    window: int | None = None  # places that a query sees, its own included; None: all before it
 
 
 def group(q_BLNH: jax.Array, kv_heads: int) -> jax.Array:
@@ -45,6 +40,15 @@ def to_all(q_BKGLH: jax.Array, k_BKMH: jax.Array, v_BKMH: jax.Array, visible: ja
     total_BKGL1 = jnp.sum(weights_BKGLM, axis=-1, keepdims=True)
     sum_BKGLH = jnp.einsum("bkglm,bkmh->bkglh", weights_BKGLM.astype(dtype), v_BKMH, preferred_element_type=wide)
     return (sum_BKGLH / total_BKGL1).astype(dtype)
+
+
+def read(choice: str, q_BLNH: jax.Array, k_BLKH: jax.Array, v_BLKH: jax.Array, mask_BL: jax.Array, rule: Rule) -> jax.Array:
+    """Attention [B, L, N, H] of every token to itself and the real tokens before it, by what `choice` (model.attention) comes to here."""
+    kernel = attention_kernels.resolve(choice, q_BLNH.dtype, q_BLNH.shape[-1], rule)
+    if kernel != "xla":
+        return attention_kernels.KERNELS[kernel](q_BLNH, k_BLKH, v_BLKH, mask_BL, rule)
+    q_BKGLH = group(q_BLNH, k_BLKH.shape[2])
+    return ungroup(causal(q_BKGLH, k_BLKH.swapaxes(1, 2), v_BLKH.swapaxes(1, 2), mask_BL, rule))
 
 
 def causal(q_BKGLH: jax.Array, k_BKLH: jax.Array, v_BKLH: jax.Array, mask_BL: jax.Array, rule: Rule) -> jax.Array:

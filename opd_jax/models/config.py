@@ -60,6 +60,7 @@ class ModelConfig:
     valid_vocab_size: int | None = None  # rows from here on are padding: Head.valid_V and the sampler mask them, apply() does not
     compute_dtype: str = "float32"  # of matmul operands and the KV cache; sums, norms, softmax and the residual stream are float32
     remat: bool = False  # recompute each layer in the backward pass
+    attention: str = "auto"  # what reads whole sequences; auto, xla or a kernel of attention_kernels.py
     source: str = "{}"  # JSON of the config.json fields that do not change the numbers, kept to be written back
 
     @property

@@ -158,8 +158,8 @@ def _read(params: dict, config: ModelConfig, tokens_BL: jax.Array, mask_BL: jax.
     rotations = _rotations(config, position_BL)
 
     def attend(q_BLNH, k_BLKH, v_BLKH, rule):
-        q_BKGLH, keys_BKLH, values_BKLH = attention.group(q_BLNH, config.num_kv_heads), k_BLKH.swapaxes(1, 2), v_BLKH.swapaxes(1, 2)
-        return attention.ungroup(attention.causal(q_BKGLH, keys_BKLH, values_BKLH, mask_BL, rule)), (keys_BKLH, values_BKLH)
+        o_BLNH = attention.read(config.attention, q_BLNH, k_BLKH, v_BLKH, mask_BL, rule)
+        return o_BLNH, (k_BLKH.swapaxes(1, 2), v_BLKH.swapaxes(1, 2))
 
     def read(weights, layer, x_BLD):
         return _layer(weights, config, layer, x_BLD, rotations, attend)
@@ -183,8 +183,7 @@ def _rotations(config: ModelConfig, position_BL: jax.Array) -> tuple:
 
 def _layer(weights: dict, config: ModelConfig, layer: Layer, x_BLD: jax.Array, rotations, attend: Callable) -> tuple[jax.Array, tuple]:
     """One layer. `attend(q_BLNH, k_BLKH, v_BLKH, rule) -> (o_BLNH, what to keep)` is all that differs between reading and generating."""
-    rule = attention.Rule(config.query_scalar**-0.5, config.attention_softcap, config.sliding_window if layer.windowed else None)
-    attend = functools.partial(attend, rule=rule)
+    attend = functools.partial(attend, rule=attention_rule(config, layer))
     with jax.named_scope("attention"):
         y_BLD, kept = _attention_block(weights["attention"], config, x_BLD, rotations[layer.windowed], attend)
         x_BLD = _add(x_BLD, y_BLD, weights["attention"], config)
@@ -192,6 +191,10 @@ def _layer(weights: dict, config: ModelConfig, layer: Layer, x_BLD: jax.Array, r
         block = _expert_block if layer.experts else _mlp_block
         x_BLD = _add(x_BLD, block(weights["mlp"], config, x_BLD), weights["mlp"], config)
     return x_BLD, kept
+
+
+def attention_rule(config: ModelConfig, layer: Layer) -> attention.Rule:
+    return attention.Rule(config.query_scalar**-0.5, config.attention_softcap, config.sliding_window if layer.windowed else None)
 
 
 def _add(x_BLD: jax.Array, y_BLD: jax.Array, weights: dict, config: ModelConfig) -> jax.Array:
@@ -263,13 +266,41 @@ def _accumulation(config: ModelConfig):
 
 
 def _matmul(equation: str, x: jax.Array, w: jax.Array | lora.Adapted, config: ModelConfig) -> jax.Array:
-    """Operands in the compute type, sums in float32; a weight may have a low-rank update on it."""
+    """Operands in the compute type, sums in float32, in the backward pass too; a weight may have a low-rank update on it."""
     if isinstance(w, lora.Adapted):
         down, up = lora.equations(equation)
         update = _matmul(up, _matmul(down, x, w.a, config), w.b, config)
         return _matmul(equation, x, w.base, config) + w.scale * update
-    dtype = config.compute_dtype
-    return jnp.einsum(equation, x.astype(dtype), w.astype(dtype), preferred_element_type=_accumulation(config))
+    if jnp.dtype(config.compute_dtype) == _accumulation(config):
+        return jnp.einsum(equation, x.astype(config.compute_dtype), w.astype(config.compute_dtype))
+    return _narrow_product(equation, config.compute_dtype, x, w)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _narrow_product(equation: str, dtype: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """A product of 16-bit operands, summed in float32. The cotangent is one more operand: rounded to 16 bits too, where jax's own rule
+    keeps it wide and so makes float32 products of both gradients. They come in the types of x and w, without a rounding on the way.
+    """
+    return jnp.einsum(equation, x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def _narrow_forward(equation, dtype, x, w):
+    kept = x.astype(dtype)
+    return _narrow_product(equation, dtype, kept, w), (kept, jnp.zeros((), x.dtype), w)
+
+
+def _narrow_backward(equation, dtype, kept, cotangent):
+    x, of_x, w = kept
+    operands, out = equation.split("->")
+    of_operands = operands.split(",")
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    cotangent = cotangent.astype(dtype)
+    over_x = product(f"{out},{of_operands[1]}->{of_operands[0]}", cotangent, w.astype(dtype))
+    over_w = product(f"{of_operands[0]},{out}->{of_operands[1]}", x, cotangent)
+    return over_x.astype(of_x.dtype), over_w.astype(w.dtype)
+
+
+_narrow_product.defvjp(_narrow_forward, _narrow_backward)
 
 
 def _grouped_matmul(x: jax.Array, w: jax.Array, size_E: jax.Array, config: ModelConfig) -> jax.Array:
