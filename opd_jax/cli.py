@@ -16,6 +16,12 @@ from absl import app, flags
 from opd_jax import processes
 from opd_jax.types import UserError, one_line
 
+COMPILED = flags.DEFINE_string(
+    "compiled",
+    "runs/compiled",
+    "Folder that keeps compiled programs for the next start; empty: none. The variable JAX_COMPILATION_CACHE_DIR, where set, has the say.",
+)
+
 
 class Interrupted(Exception):
     """A run stopped because it was asked to, its state saved; `signum` says by which signal."""
@@ -69,6 +75,7 @@ def _status(main: Callable[[list[str]], None], several: bool) -> int:
         return _refuse("--config: the file ends the program (sys.exit) instead of giving a config; correct the file")
     except Exception as error:  # absl and config files raise many types; each is a mistake on the command line or in the file
         return _refuse(_flag_message(error))
+    _keep_compiled_programs()
     try:
         if several:
             processes.start()
@@ -82,6 +89,14 @@ def _status(main: Callable[[list[str]], None], several: bool) -> int:
         print("interrupted before the state could be saved; the same command continues from the last checkpoint", file=sys.stderr)
         return 130
     return 0
+
+
+def _keep_compiled_programs() -> None:
+    """What takes seconds to compile is compiled once for all runs."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and COMPILED.value:
+        import jax
+
+        jax.config.update("jax_compilation_cache_dir", os.path.abspath(COMPILED.value))
 
 
 def _asks_for_help() -> bool:

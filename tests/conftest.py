@@ -5,6 +5,7 @@ import pathlib
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = ""  # the scripts keep nothing, and find nothing that another version has kept
 # Most of the suite is compilation of programs that run once: the compiler's expensive passes would take a third of the time. Programs are
 # the same but for rounding. `XLA_FLAGS= make test` compiles as users do.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")

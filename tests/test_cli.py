@@ -63,3 +63,19 @@ def test_missing_flags_and_folders_of_the_small_scripts(tmp_path):
     result = script("export_hf.py", f"--workdir={tmp_path}", f"--out={tmp_path / 'out'}")
     assert result.returncode == 2 and "is not a run directory" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_compiled_programs_are_kept_for_the_next_start_where_the_user_says(tmp_path):
+    show = "cli.run(lambda argv: print(jax.config.jax_compilation_cache_dir))"
+    code = f"import jax, sys; sys.path.insert(0, '.'); from opd_jax import cli; {show}"
+
+    def said(*flags, **environment):
+        kept = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+        asked = [sys.executable, "-c", code, *flags]
+        return subprocess.run(asked, cwd=ROOT, env=kept | environment, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert said() == str(ROOT / "runs" / "compiled")
+    assert said(f"--compiled={tmp_path}") == str(tmp_path)
+    assert said("--compiled=") == "None"
+    assert said(JAX_COMPILATION_CACHE_DIR=str(tmp_path)) == str(tmp_path)

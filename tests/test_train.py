@@ -59,6 +59,24 @@ def without_clock(records):
     return [{k: v for k, v in record.items() if not any(word in k for word in CLOCK)} for record in records]
 
 
+def test_nothing_is_compiled_after_the_first_steps(teacher, tmp_path):
+    """Prompts and completions of many lengths, evaluations and samples of later steps: all shapes have been seen by step 2."""
+    c = opd_config(teacher, steps=6)
+    c.task.level, c.rollout.max_new_tokens, c.eval.every = 4, 9, 2
+    compiled, lengths = [], set()
+    listener = lambda event, seconds, **_: compiled.append(event) if event == "/jax/core/compile/backend_compile_duration" else None
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        counts = []
+        for record in train.run(c, tmp_path / "run"):
+            counts.append(len(compiled))
+            lengths.add(record.get("rollout/length"))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+    assert counts[1] > 0 and counts[2] == counts[-1], counts
+    assert len(lengths) > 3
+
+
 def test_records_files_and_names(teacher, tmp_path):
     records = list(train.run(opd_config(teacher), tmp_path / "run"))
     assert [record["step"] for record in records] == [0, 1, 2, 3, 4, 5]
