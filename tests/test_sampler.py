@@ -117,6 +117,13 @@ def test_of_a_large_vocabulary_too_only_tokens_with_mass_are_drawn(holders):
     assert set(drawn) == set(holders) and drawn[0] == holders[0] and drawn[-1] == holders[-1]
 
 
+def test_a_level_that_rounding_puts_outside_the_mass_finds_the_nearest_token_with_some():
+    """Levels are differences of sums, so that one may come out below 0, or not below the whole mass."""
+    mass_BN = jnp.array([[0.0, 0.5, 0.0, 0.25, 0.0]] * 2)
+    first_B, before_B = sampler._first_above(mass_BN, jnp.array([-1e-8, 0.75]))
+    assert first_B.tolist() == [1, 3] and before_B.tolist() == [0.0, 0.5]
+
+
 def test_both_log_probabilities_of_a_law():
     logits = jnp.asarray(logits_BV(rows=1), jnp.float32)
     law = Law(temperature=0.5, top_k=3)
