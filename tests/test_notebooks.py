@@ -177,7 +177,7 @@ def test_the_notebook_of_meshes_gives_the_numbers_of_one_device(tmp_path):
     notebook = execute(read(ROOT / "colab" / "03_mesh_and_models.ipynb"), tmp_path)
     assert not [output for cell in code(notebook) for output in cell.outputs if output.output_type == "error"]
     text = printed(notebook)
-    assert "on 8 devices" in text and "{'data': 1, 'fsdp': 4, 'tensor': 2}" in text
+    assert "on 8 devices" in text and "'fsdp': 4" in text and "'tensor': 2" in text
     assert re.search(r"^gate +\(64, 192\) +\('embed', 'ffn'\) +-> P\w*\('fsdp', 'tensor'\)$", text, re.MULTILINE)
     assert float(re.search(r"the first device holds ([\d.]+)% of the bytes", text)[1]) < 15
     error, size = re.search(r"largest difference of a logit: (\S+) of (\S+)$", text, re.MULTILINE).groups()
