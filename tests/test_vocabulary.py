@@ -172,3 +172,4 @@ def test_memory_does_not_grow_with_the_vocabulary():
             most = temporary(rows, length, 152_064, jnp.float32, signal)
             assert most <= 64 * 2**20
             assert temporary(rows, length, 2 * 152_064, jnp.float32, signal) <= most + heads_lib.COLUMN_TILE_BYTES
+    assert temporary(8, 512, 151_936, jnp.float32, Signal("reverse_kl")) <= 64 * 2**20  # no tile divides it: the last one overlaps

@@ -10,7 +10,7 @@ from opd_jax.numerics.token_stats import Signal, token_stats
 ROWS, LENGTH, WIDTH, VOCAB = 8, 512, 1024, 151_936  # 4096 positions of a Qwen3-0.6B and a teacher of the same width
 
 
-def measure(dtype: str = "bfloat16") -> dict[str, int]:
+def measure(dtype: str = "float32") -> dict[str, int]:
     """Bytes: temporaries of value and gradient of the full-vocabulary reverse KL, the gradients themselves, and logits never made."""
     hidden, unembed = jax.ShapeDtypeStruct((ROWS, LENGTH, WIDTH), dtype), jax.ShapeDtypeStruct((WIDTH, VOCAB), dtype)
     tokens_BT = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)

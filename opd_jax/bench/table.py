@@ -168,7 +168,7 @@ def memory_lines(measured: Measured, loss: dict[str, Any] | None) -> list[str]:
             lines.append(f"peak memory of the process, {kind} {dtype}: {told['peak_host_bytes'] / 2**20:,.0f} MiB{device}")
     if loss:
         lines.append(
-            f"loss at {loss['positions']} positions, vocabulary {loss['vocabulary']:,}, width {loss['width']}, bfloat16 operands: "
+            f"loss at {loss['positions']} positions, vocabulary {loss['vocabulary']:,}, width {loss['width']}, float32 operands: "
             f"{loss['temp_bytes'] / 2**20:,.0f} MiB of temporaries for value and gradient, where logits of one model would be "
             f"{loss['logits_bytes'] / 2**20:,.0f} MiB"
         )

@@ -20,12 +20,13 @@ _BLOCKS = 16
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """Columns [start, start + size) of each block of `length`, W = blocks * size in all."""
+    """Columns [start, start + size) of each block of `length`, W = blocks * size in all, of which another tile has the first `skip`."""
 
     start: jax.Array | int
     size: int
     length: int
     blocks: int
+    skip: jax.Array | None = None
 
     def cut(self, x: jax.Array) -> jax.Array:
         """These columns of an array whose last axis is the vocabulary."""
@@ -41,19 +42,23 @@ class Columns:
         return jax.lax.dynamic_update_slice_in_dim(blocked, total, self.start, axis=-1).reshape(x.shape)
 
     def of(self, head: Head) -> Head:
-        """The head on these columns."""
+        """The head on these columns; those that another tile has are without mass, as padding rows are."""
         valid_W = None if head.valid_V is None else self.cut(head.valid_V)
+        if self.skip is not None:
+            new_W = jnp.tile(jnp.arange(self.size) >= self.skip, self.blocks)
+            valid_W = new_W if valid_W is None else valid_W & new_W
         return dataclasses.replace(head, unembed_DV=self.cut(head.unembed_DV), valid_V=valid_W)
 
     def places(self, ids: jax.Array) -> jax.Array:
         """Where ids stand in the tile; W for those that do not."""
         block, place = ids // self.length, ids % self.length - self.start
-        here = (place >= 0) & (place < self.size) & (block < self.blocks)
+        here = (place >= (0 if self.skip is None else self.skip)) & (place < self.size) & (block < self.blocks)
         return jnp.where(here, block * self.size + place, self.blocks * self.size)
 
     def ids(self, places: jax.Array) -> jax.Array:
-        """The ids of places in the tile."""
-        return places // self.size * self.length + self.start + places % self.size
+        """The ids of places in the tile; behind all others, of columns that another tile has."""
+        ids = places // self.size * self.length + self.start + places % self.size
+        return ids if self.skip is None else jnp.where(places % self.size >= self.skip, ids, self.blocks * self.length)
 
 
 def bits(x: jax.Array) -> jax.Array:
@@ -67,16 +72,25 @@ def of_bits(x: jax.Array, dtype) -> jax.Array:
 
 
 def over_columns(function: Callable, carry, vocab: int, width: int):
-    """Runs carry = function(carry, columns) over the vocabulary in tiles of about `width` columns."""
+    """Runs carry = function(carry, columns) over the vocabulary in tiles of about `width` columns.
+
+    All tiles are of one size, so that one loop has them: a last one of another would need a copy of what is carried, such as the gradient
+    of an unembedding. It goes back over columns of the one before it and skips them.
+    """
     blocks = math.gcd(vocab, _BLOCKS)
     length = vocab // blocks
     size = min(max(width // blocks, 1), length)
-    full, rest = divmod(length, size)
-    if full == 1:
-        carry = function(carry, Columns(0, size, length, blocks))
-    else:
-        carry = jax.lax.fori_loop(0, full, lambda i, c: function(c, Columns(i * size, size, length, blocks)), carry)
-    return function(carry, Columns(full * size, rest, length, blocks)) if rest else carry
+    tiles = -(-length // size)
+    if tiles == 1:
+        return function(carry, Columns(0, size, length, blocks))
+
+    def one(i, carry):
+        if length % size == 0:
+            return function(carry, Columns(i * size, size, length, blocks))
+        start = jnp.minimum(i * size, length - size)
+        return function(carry, Columns(start, size, length, blocks, i * size - start))
+
+    return jax.lax.fori_loop(0, tiles, one, carry)
 
 
 # ---- what is gathered
