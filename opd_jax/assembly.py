@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 
 def make_bank(config: Config, pair: Pair) -> tuple[Bank | None, dict]:
     """The bank and the parameters of its models by name."""
-    models = {name: member.config for name, member in pair.members.items()}
-    frozen = {name: member.params for name, member in pair.members.items()}
+    models = {name: member.config for name, member in pair.scorers.items()}
+    frozen = {name: member.params for name, member in pair.scorers.items()}
     if pair.reference is not None:
         frozen[teachers.REFERENCE] = pair.reference.params
     return teachers.make_bank(config, models, pair.reference and pair.reference.config), frozen
@@ -45,7 +45,7 @@ def make_batch_maker(config: Config, objective, task: tasks.Task, pair: Pair, me
     inform = TeacherPrompts(config.context.privileged, pair.teacher_prompts, room) if informs else None
     judge = rewards.OwnJudge(own_judge) if own_judge else None
     teacher = pair.teacher.config if pair.teacher else None
-    more = {"judge": judge, "teacher": teacher, "writer": writer}
+    more = {"judge": judge, "teacher": teacher, "writer": writer, "apart": pair.apart}
     return BatchMaker(config, objective, task, pair.student.tokenizer, inform, mesh, **more)
 
 
@@ -101,7 +101,7 @@ def make_update(config: Config, objective, optimizer, student: LoadedModel, bank
 
 
 def make_sample_log(config: Config, pair: Pair, mesh: Mesh) -> SampleLog:
-    first, *others = [member.config for member in pair.members.values()] or [None]
+    first, *others = [member.config for member in pair.scorers.values()] or [None]
     others = tuple(others) if config.teacher.combine == "route" else ()
     return SampleLog(config, pair.student.tokenizer, pair.student.config, first, mesh, others=others)
 
@@ -133,6 +133,7 @@ def make_evaluator(config: Config, mesh: Mesh, task: tasks.Task, pair: Pair) -> 
         student=pair.student,
         teacher=pair.teacher,
         several=_several(config, pair, examples),
+        apart=pair.apart,
         task=task,
         examples=examples,
         samples=config.eval.samples,

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from opd_jax import config as config_lib
 from opd_jax import learner, parallel, processes, rewards, routing, score, teachers
+from opd_jax.apart import Apart
 from opd_jax.data import pipeline
 from opd_jax.data.privileged import Attempt
 from opd_jax.data.tasks import Example, Task
@@ -61,9 +62,10 @@ class BatchMaker:
         judge: OwnJudge | None = None,
         teacher: ModelConfig | Model | None = None,
         writer: Writer | None = None,
+        apart: Apart | None = None,
     ):
         self._config, self._objective, self._tokenizer = config, objective, tokenizer
-        self._inform, self._mesh, self._teacher, self._writer = inform, mesh, teacher, writer
+        self._inform, self._mesh, self._teacher, self._writer, self._apart = inform, mesh, teacher, writer, apart
         self._judge = Judge(judge or task)
         self._route = {tag: number for number, tag in enumerate(teachers.tags(config))}
 
@@ -92,6 +94,7 @@ class BatchMaker:
         informed = self._informed(prompts, completions, judged, scorer, step)
         read = prompts.teacher_prompts if informed is None else informed.prompts
         student, teacher = parallel.shard_batch((prompts.prompts, read), self._mesh)
+        teacher = teacher if self._apart is None else self._apart.hear(teacher, completions)
         own = Context(
             mask_BT=completions.mask_BT,
             behaviour_logp_BT=completions.behaviour_logp_BT,

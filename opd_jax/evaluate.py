@@ -13,6 +13,7 @@ import scipy.stats
 from jax.sharding import Mesh
 
 from opd_jax import environments, injected, parallel, processes, sampler, scores, teachers, wording
+from opd_jax.apart import Apart
 from opd_jax.data import pipeline, tasks
 from opd_jax.data.tasks import Example, Task
 from opd_jax.model_io import LoadedModel
@@ -56,6 +57,7 @@ class Evaluator:
     several: Several | None = None  # in place of the teacher alone, which is the first of them
     inject_error: bool = False  # measure recovery after an error: one more greedy pass
     turns: Turns | None = None  # how completions are written where the task has an environment
+    apart: Apart | None = None  # the teacher, where it has devices of its own
 
     def __call__(self, params: dict) -> dict[str, float]:
         """All `eval/` metrics of a student with these parameters."""
@@ -192,16 +194,10 @@ class Evaluator:
         results = []
         for real, prompts in self._batches(1 if greedy else self.samples):
             read = prompts[purpose == TEACHER]
-            write = functools.partial(
-                sample,
-                params,
-                config,
-                read,
-                key=key,
-                max_new_tokens=self.max_new_tokens,
-                temperature=0.0 if greedy else 1.0,
-                stop_ids=self.student.tokenizer.eos_ids,
-            )
+            law = {"key": key, "max_new_tokens": self.max_new_tokens, "temperature": 0.0 if greedy else 1.0}
+            law["stop_ids"] = self.student.tokenizer.eos_ids
+            here = functools.partial(sample, params, config)
+            write = functools.partial(self.apart.sample if self.apart and purpose == TEACHER else here, read, **law)
             rollout = write() if self.turns is None else self.turns.write(write, read.id_B, self.max_new_tokens)
             results.append((prompts, rollout, real))
         return results
@@ -222,10 +218,13 @@ class Evaluator:
         if self.several is not None:
             bank, frozen, route_P = self.several.bank, self.several.params, self.several.route_P
         elif self.teacher is not None:
-            bank, frozen = teachers.single(self.teacher.config), {"teacher": self.teacher.params}
+            teacher = self.teacher if self.apart is None else self.apart.heard
+            bank, frozen = teachers.single(teacher.config), {"teacher": teacher.params}
         pieces = []
         for (prompts, rollout, real), example_B in zip(rollouts, self._rows(self.samples), strict=True):
             route_B = None if route_P is None else parallel.shard_batch(route_P[example_B], self.mesh)
+            if self.apart is not None:
+                prompts = prompts[0], self.apart.hear(prompts[1], rollout)
             sums = _rollout_sums(params, frozen, prompts, rollout, route_B, self.student.config, bank, kind)
             pieces.append({name: value[:real] for name, value in processes.to_host(sums).items()})
         return {name: np.concatenate([p[name] for p in pieces]).reshape(len(self.examples), -1).sum(1) for name in pieces[0]}

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from opd_jax import (
+    apart,
     assembly,
     checkpoint,
     claim,
@@ -164,6 +165,7 @@ def _checked(config: Config, workdir: str | os.PathLike, own_task: tasks.Task | 
     recipes.check(config, resumed=bool(checkpoint.Checkpoints(pathlib.Path(workdir) / "checkpoints").steps()))
     trackers.check(config.log)
     attention_kernels.check(config.model.attention, config.model.compute_dtype)
+    apart.check(config)
     mesh = parallel.from_settings(config.mesh)
     task = tasks.from_config(config, own_task)
     tasks.check_turns(config, task)

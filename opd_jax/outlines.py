@@ -60,6 +60,8 @@ def of_config(config: Config) -> Outlines:
     A path may be a folder with a config.json, a run directory, or the name of a published shape (models/published.py), also as a hub id
     such as Qwen/Qwen3-8B; a recipe is what its config trains. Raises UserError for a model whose shape is not known before it is loaded.
     """
+    if config.mesh.teacher:
+        raise UserError(f"config field mesh.teacher = {config.mesh.teacher}: plans are of models on one mesh; use 0 for an upper bound")
     compute = config.model.compute_dtype
     student = dataclasses.replace(_student(config), compute_dtype=compute, remat=config.model.remat)
     adapter = adapter_config(config.student.lora)

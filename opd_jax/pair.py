@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from opd_jax import apart as apart_lib
 from opd_jax import config as config_lib
 from opd_jax import model_io, parallel, teachers
+from opd_jax.apart import Apart
 from opd_jax.config import Config, ConfigError
 from opd_jax.data import contexts
 from opd_jax.data import tokenizer as tokenizer_lib
@@ -29,6 +31,12 @@ class Pair:
     reference: LoadedModel | None
     student_prompts: Encoder
     teacher_prompts: Encoder | None  # None: the teachers read what the student reads
+    apart: Apart | None = None  # the teacher, where it has devices of its own
+
+    @property
+    def scorers(self) -> dict[str, LoadedModel]:
+        """The teachers as the student's devices know them."""
+        return self.members if self.apart is None else {name: self.apart.heard for name in self.members}
 
     @property
     def teacher(self) -> LoadedModel | None:
@@ -43,6 +51,7 @@ def open_pair(config: Config, resumed_from: pathlib.Path | None, mesh: Mesh) -> 
 
     Raises UserError for a model, tokenizer or template that cannot be used, and for a teacher whose ids are not the student's.
     """
+    apart_lib.check(config)
     with parallel.strict(config.mesh.strict):
         student = _open_student(config, resumed_from, mesh)
         others = _open_others(config, student, mesh, resumed_from)
@@ -56,7 +65,8 @@ def open_pair(config: Config, resumed_from: pathlib.Path | None, mesh: Mesh) -> 
     single = {"teacher teacher": "teacher.path"}
     others = {field: _prepare(model, student.tokenizer, single.get(field, field), **compute) for field, model in others.items()}
     members = {name: others[f"teacher {name}"] for name in members}
-    return Pair(prepared, members, others.get("reference.path"), *encoders)
+    pair = Pair(prepared, members, others.get("reference.path"), *encoders)
+    return dataclasses.replace(pair, apart=apart_lib.make(config, pair.teacher, mesh))
 
 
 def _open_student(config: Config, resumed_from: pathlib.Path | None, mesh: Mesh) -> LoadedModel:
@@ -77,8 +87,10 @@ def _open_others(config: Config, student: LoadedModel, mesh: Mesh, resumed_from:
     paths = {f"teacher {name}": member.path for name, member in teachers.asked(config).items()}
     if config_lib.needs_reference(config):
         paths["reference.path"] = config.reference.path
-    opened = {path: _open_other(config, path, student, mesh, resumed_from) for path in dict.fromkeys(paths.values())}
-    return {name: opened[path] for name, path in paths.items()}
+    own = parallel.teacher_mesh(config.mesh)
+    asked = {name: (path, own if own and name != "reference.path" else mesh) for name, path in paths.items()}
+    opened = {(path, where): _open_other(config, path, student, where, resumed_from) for path, where in dict.fromkeys(asked.values())}
+    return {name: opened[asked[name]] for name in paths}
 
 
 def _open_other(config: Config, path: str, student: LoadedModel, mesh: Mesh, resumed_from: pathlib.Path | None) -> LoadedModel:

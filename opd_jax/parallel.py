@@ -42,8 +42,17 @@ RULES = Rules()
 
 
 def from_settings(settings: config_lib.Mesh) -> Mesh:
-    """The mesh of a config."""
-    return make_mesh(settings.data, settings.fsdp, settings.tensor, settings.sequence)
+    """The mesh of a config's student, and of whatever shares its devices. Raises UserError."""
+    devices = processes.devices()
+    if settings.teacher >= len(devices):
+        raise UserError(f"mesh.teacher = {settings.teacher} leaves no device to the student: there are {len(devices)}; give fewer")
+    mine = devices[: len(devices) - settings.teacher]
+    return make_mesh(settings.data, settings.fsdp, settings.tensor, settings.sequence, devices=mine)
+
+
+def teacher_mesh(settings: config_lib.Mesh) -> Mesh | None:
+    """The mesh of a teacher that has devices of its own: parameters and rows are divided among them."""
+    return make_mesh(fsdp=settings.teacher, devices=processes.devices()[-settings.teacher :]) if settings.teacher else None
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, *, devices=None) -> Mesh:

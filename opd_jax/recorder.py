@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opd_jax import context_gap, cost, environments, labels, machine, processes, rewards, rollout, teachers
+from opd_jax.apart import Heard
 from opd_jax.batches import Made, token_shares
 from opd_jax.cli import Interrupted
 from opd_jax.data import tasks
@@ -92,7 +93,7 @@ class Recorder:
         save = last or step % config.checkpoint.every == 0
         finished = self._waiter.submit(_finish_time, measured)
         # Taken in before anything is yielded: whoever leaves the loop at a yield must not lose this step.
-        made = dataclasses.replace(made, batch=None, teacher_prompts=processes.gather(made.teacher_prompts))
+        made = dataclasses.replace(made, batch=None, teacher_prompts=processes.gather(made.teacher_prompts.replace(hidden_BTD=None)))
         completions, measured, annotated = processes.gather((completions, measured, annotated))
         previous, self._pending = self._pending, Pending(step, prompts, completions, made, measured, annotated, finished)
         if previous is not None:
@@ -245,7 +246,9 @@ def _scorers(job: Job, student: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if bank is None:
         return (), ()
     scored = job.objective.has_teacher or (job.config.rollout.aggregate and labels.form_of(job.objective).scores != "none")
-    members = tuple(cost.parameters(model, job.frozen[name]) for name, model in bank.members) if scored else ()
+    own = lambda name, model: (model, job.frozen[name]) if not isinstance(model, Heard) else (job.teacher.config, job.teacher.params)
+    read_by = [own(name, model) for name, model in bank.members]
+    members = tuple(cost.parameters(*model) for model in read_by) if scored else ()
     live = (student,) if scored and bank.update == "trust_region" else ()
     refers = bank.reference is not None and (job.objective.has_reference or (scored and bank.extrapolates))
     return members + live, (cost.parameters(bank.reference, job.frozen[teachers.REFERENCE]),) if refers else ()

@@ -67,6 +67,8 @@ def _form(config: Config) -> labels.Form:
         raise ConfigError(f"config field {wrong} writes no store; valid: rollout.source = {', '.join(WRITERS)}, without rollout.aggregate")
     if config_lib.measures_difficulty(config):
         raise ConfigError("config field task.difficulty_low or difficulty_high chooses prompts of a run, a store has them all; use 0 and 1")
+    if config.mesh.teacher:
+        raise ConfigError(f"config field mesh.teacher = {config.mesh.teacher} is for runs; a store is written on one mesh, use 0")
     if config.steps < 1:
         raise ConfigError(f"config field steps = {config.steps} must be at least 1, the batches of a store")
     labels.check(config, "a store")

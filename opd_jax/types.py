@@ -39,6 +39,7 @@ class Prompts:
     tokens_BS: jax.Array  # int32
     mask_BS: jax.Array  # bool, True on real tokens
     id_B: jax.Array  # uint32
+    hidden_BTD: jax.Array | None = None  # what a model elsewhere said after them of some completions (apart.py); None: the model reads here
 
 
 @flax.struct.dataclass
@@ -48,6 +49,7 @@ class View:
     prompt_BS: jax.Array  # int32, left-padded
     prompt_mask_BS: jax.Array  # bool
     completion_BT: jax.Array  # int32, right-padded; every position is read, the loss mask is elsewhere
+    hidden_BTD: jax.Array | None = None  # as in Prompts
 
 
 @flax.struct.dataclass
@@ -82,4 +84,4 @@ class TrainState:
 
 def view(prompts: Prompts, rollout: Rollout) -> View:
     """The view of a model that reads `prompts` before the completions of `rollout`."""
-    return View(prompts.tokens_BS, prompts.mask_BS, rollout.tokens_BT)
+    return View(prompts.tokens_BS, prompts.mask_BS, rollout.tokens_BT, prompts.hidden_BTD)

@@ -32,7 +32,7 @@ store
 model_io
 writing
 teachers
-routing
+routing apart
 pair
 difficulty
 objective

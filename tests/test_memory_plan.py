@@ -222,3 +222,8 @@ def test_the_command_plans_a_pair_that_this_machine_could_not_hold():
     assert refused.returncode == 2 and refused.stderr.startswith(
         "error: --devices=8: mesh.data * mesh.fsdp * mesh.sequence * mesh.tensor = 1 * 16 * 1 * 1 = 16"
     )
+
+
+def test_a_teacher_on_its_own_devices_is_not_planned():
+    parsed = config_lib.parse(base_config(teacher__path="qwen3-0.6b", mesh__teacher=4))
+    assert memory_plan.preflight(parsed, parallel.make_mesh()).startswith("memory is not planned: config field mesh.teacher = 4")

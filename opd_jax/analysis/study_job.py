@@ -27,6 +27,8 @@ def run(config: Config, workdir: str | os.PathLike, *, make_model: Callable[[str
         raise ConfigError(f"config field rollout.max_turns = {config.rollout.max_turns}: a study samples completions of one turn; use 1")
     if study_conditions.enumerable(config):
         return _enumerable(config, workdir, shadows, settings, plan)
+    if config.mesh.teacher:
+        raise ConfigError(f"config field mesh.teacher = {config.mesh.teacher} is for runs; a study runs on one mesh, use 0")
     mesh = parallel.from_settings(config.mesh)
     examples = tasks.from_config(config).examples("train")
     rollouts = config.study.rollouts

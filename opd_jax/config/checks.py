@@ -38,7 +38,7 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         "must be at least 1",
     ),
     (
-        """seed steps rollout.top_k learner.warmup_steps learner.decay_steps eval.every eval.prompts log.samples_every signal.k
+        """seed steps mesh.teacher rollout.top_k learner.warmup_steps learner.decay_steps eval.every eval.prompts log.samples_every signal.k
         task.train_size task.eval_size task.seed student.init.head_dim student.lora.rank study.exact_parameters learner.weight_decay
         learner.clip_norm signal.weight loss.labels reward.weight reward.clip_low reward.clip_high regulariser.kl masking.skip_first
         masking.first_only extrapolation.scale signal.clip gate.threshold gate.gain extra_signal.weight extra_signal.k extra_signal.clip

@@ -294,12 +294,13 @@ class Mesh:
     fsdp: int = 1  # devices along the batch, parameters sharded
     tensor: int = 1  # devices along heads, feed-forward width and vocabulary
     sequence: int = 1  # devices along the length of what is scored and learnt from; sampling repeats itself over them
+    teacher: int = 0  # further devices, the last of all, that hold the teacher alone; 0: it lies on the student's
     strict: bool = False  # refuse a model with a dimension that an axis does not divide; False: replicate it, and say so once
 
     @property
     def devices(self) -> int:
         """All of them."""
-        return self.data * self.fsdp * self.tensor * self.sequence
+        return self.data * self.fsdp * self.tensor * self.sequence + self.teacher
 
 
 @dataclasses.dataclass(frozen=True)

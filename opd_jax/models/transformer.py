@@ -110,7 +110,11 @@ def hidden(params: dict, config: ModelConfig, view: types.View) -> Head:
     Every row of the prompt needs a real token in its last place.
     """
     hidden_BTD = states_before(view, lambda tokens_BL, mask_BL: _read(params, config, tokens_BL, mask_BL)[0])
-    hidden_BTD = constrain(hidden_BTD, "batch", "length", "act_embed")
+    return head(params, config, constrain(hidden_BTD, "batch", "length", "act_embed"))
+
+
+def head(params: dict, config: ModelConfig, hidden_BTD: jax.Array) -> Head:
+    """What makes logits of hidden states."""
     return Head(hidden_BTD, _unembedding(params, config), softcap=config.final_softcap, valid_V=_valid_vocabulary(config))
 
 
