@@ -22,12 +22,6 @@ from opd_jax.models import config as model_config
 from opd_jax.models import hf, spec, transformer
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("workdir", None, "Folder of the run.")
-flags.DEFINE_string("cache", None, "Folder of what recipes make.")
-flags.DEFINE_string("model", None, "A Hugging Face folder.")
-flags.DEFINE_string("notes", None, "File for what this process saw.")
-flags.DEFINE_integer("fsdp", 2, "mesh.fsdp")
-flags.DEFINE_bool("interrupted", False, "The last process gets SIGTERM once the record of step 2 is there.")
 WRITES = {"os.mkdir": 0, "os.rename": 1, "os.remove": 0, "os.rmdir": 0, "os.truncate": 0, "shutil.rmtree": 0}  # event -> place of the path
 
 
@@ -124,5 +118,11 @@ def main(argv: list[str]) -> None:
         pathlib.Path(FLAGS.notes).write_text(json.dumps(notes))
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # tests import this module too, where other scripts have flags of these names
+    flags.DEFINE_string("workdir", None, "Folder of the run.")
+    flags.DEFINE_string("cache", None, "Folder of what recipes make.")
+    flags.DEFINE_string("model", None, "A Hugging Face folder.")
+    flags.DEFINE_string("notes", None, "File for what this process saw.")
+    flags.DEFINE_integer("fsdp", 2, "mesh.fsdp")
+    flags.DEFINE_bool("interrupted", False, "The last process gets SIGTERM once the record of step 2 is there.")
     cli.run(main, several=True)

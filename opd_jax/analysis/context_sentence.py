@@ -4,22 +4,20 @@ from opd_jax.analysis.formats import Record, estimate, mean, number
 from opd_jax.analysis.runs import Group
 from opd_jax.data.tasks.informed import KINDS
 
-GAIN = "context/gold_gain"
-
 
 def of(group: Group) -> str:
     """For each kind of context what it adds to gold answers, and to accuracy, before the first update; nothing where none was measured."""
     records = [run.records[0] if run.records else {} for run in group.runs]
-    told = [_kind(group, records, kind) for kind in KINDS if all(f"{GAIN}/{kind}" in record for record in records)]
+    told = [_kind(group, records, kind) for kind in KINDS if all(f"context/gold_gain/{kind}" in record for record in records)]
     if not told:
         return ""
     return f"Before the first update, on held-out gold answers and in nats per token, the teacher gains {', and '.join(told)}."
 
 
 def _kind(group: Group, records: list[Record], kind: str) -> str:
-    found = group.estimate(f"{GAIN}/{kind}", records)
+    found = group.estimate(f"context/gold_gain/{kind}", records)
     if len(records) == 1:
-        found = found[0], records[0].get(f"{GAIN}_low/{kind}"), records[0].get(f"{GAIN}_high/{kind}")
+        found = found[0], records[0].get(f"context/gold_gain_low/{kind}"), records[0].get(f"context/gold_gain_high/{kind}")
     names = ("context/accuracy", f"context/accuracy/{kind}")
     accuracies = [[record[name] for record in records if name in record] for name in names]
     changed = f" (accuracy {' -> '.join(number(mean(values)) for values in accuracies)})" if all(accuracies) else ""

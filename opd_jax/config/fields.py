@@ -283,9 +283,9 @@ class Learner:
 class Model:
     compute_dtype: str = "float32"  # float32 or bfloat16 arithmetic; the student's parameters, log-probs and losses stay float32
     remat: bool = False  # recompute each layer's activations in the backward pass
-    # Of whole sequences: xla (any machine), cudnn (GPU, bfloat16) or flash (TPU); auto takes a kernel where the machine, the type and the
-    # layer let it (opd_jax/models/attention_kernels.py), and xla elsewhere.
-    attention: str = "auto"
+    # xla runs on any machine; auto takes a kernel where the machine, the type and the layer let it (opd_jax/models/attention_kernels.py),
+    # and xla elsewhere
+    attention: str = "auto"  # kernel that reads whole sequences: auto, xla, cudnn (GPU, bfloat16) or flash (TPU)
 
 
 @dataclasses.dataclass(frozen=True)
