@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tables import Bigrams
 
-from opd_jax import parallel, rollout
+from opd_jax import parallel, rollout, score
 from opd_jax.models import transformer
 
 pytestmark = pytest.mark.slow
@@ -90,3 +90,15 @@ def test_where_slots_cannot_be_all_rows_are_written_at_once():
     with jax.set_mesh(mesh):
         eight = rollout.sample(params, config, parallel.shard_batch(rows, mesh), **ASKED, slots=4)
     same(eight, jax.tree.map(lambda x: x[:8], plain))
+
+
+def test_long_completions_are_what_scoring_says_of_them():
+    """After the cache has moved many times: the log-probs that slots record are those of one pass over the whole text."""
+    params, config = models.tiny_model(scale=6.0, max_position_embeddings=256)
+    prompts = models.ragged_prompts(np.random.default_rng(0), rows=40, width=9)
+    asked = {"key": jax.random.key(3), "max_new_tokens": 128, "stop_ids": (1,)}
+    found = rollout.sample(params, config, prompts, **asked, slots=8)
+    lengths = np.asarray(found.mask_BT).sum(1)
+    assert lengths.max() > 100 and lengths.sum() > 500
+    np.testing.assert_allclose(found.logp_BT, score.logprobs(params, config, prompts, found), atol=1e-5)
+    same(found, rollout.sample(params, config, prompts, **asked))
