@@ -188,8 +188,13 @@ def over_rows(function: Callable, x_B: jax.Array, weights):
         return function(x_B, weights)
     mesh = jax.sharding.get_abstract_mesh()
     rows = PartitionSpec(partition_spec(mesh, ("batch",) + (None,) * (x_B.ndim - 1), x_B.shape)[0])
-    manual = set(RULES.batch)
-    return jax.shard_map(function, in_specs=(rows, PartitionSpec()), out_specs=rows, axis_names=manual)(x_B, weights)
+    over = rows[0] or ()  # nothing, where the axes cannot share the rows
+
+    def read(x_B, weights):
+        # Said here, so that gradients over weights are summed over devices whatever rule makes those of the products.
+        return function(x_B, jax.lax.pcast(weights, over, to="varying"))
+
+    return jax.shard_map(read, in_specs=(rows, PartitionSpec()), out_specs=rows, axis_names=set(RULES.batch))(x_B, weights)
 
 
 def over_rows_and_heads(function: Callable, heads: list, x_BL: jax.Array) -> jax.Array:

@@ -208,16 +208,21 @@ def test_a_side_that_ends_or_hangs_is_left_out_and_named(tmp_path):
         worker.ask({"run": "stream", "least_seconds": 0.0}, 0.01)
 
 
-def test_all_processes_have_the_allocator_of_the_makefile(monkeypatch):
+def test_our_processes_have_the_allocator_of_the_makefile_and_peers_what_is_best_for_them(monkeypatch, tmp_path):
     exported = re.findall(r"^[\w ]+: export (\w+) \?= (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert dict(exported) == processes.ALLOCATOR
-    for name in processes.ALLOCATOR:
-        monkeypatch.delenv(name, raising=False)
-    if not processes.allocator():
+    assert " ".join(f"{name}={value}" for name, value in processes.ALLOCATOR.items()) in (ROOT / "README.md").read_text()
+    if not processes.allocator("opd_jax"):
         pytest.skip("the C library is not glibc")
-    assert processes.allocator() == processes.ALLOCATOR
-    monkeypatch.setenv("MALLOC_TOP_PAD_", "1")
-    assert processes.allocator() == processes.ALLOCATOR | {"MALLOC_TOP_PAD_": "1"}
+    assert processes.allocator("opd_jax") == processes.ALLOCATOR and processes.allocator("default_malloc") == {}
+    assert processes.allocator("trl") == processes.allocator("transformers") == processes.KEPT
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "3")  # as a user's: none of the workers has it
+    for kind in ("limits", "default_malloc"):
+        with Worker(Order(kind), tmp_path / "log") as worker:
+            worker.ready()
+            lines = pathlib.Path(f"/proc/{worker.pid}/environ").read_text().split("\0")  # where glibc cuts GLIBC_TUNABLES at its colons
+        expected = [line for name, value in processes.allocator(kind).items() for line in f"{name}={value}".split(":")]
+        assert {line for line in lines if re.match("MALLOC_|GLIBC_TUNABLES|glibc", line)} == set(expected)
 
 
 # ---- all of it
@@ -230,7 +235,7 @@ def test_a_tiny_run_times_every_phase_beside_its_peers(tmp_path):
     done = subprocess.run([*command, f"--baseline={tmp_path / 'kept.json'}", "--update_baseline"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((tmp_path / "out" / "bench.json").read_text())
-    assert record["failures"] == [] and record["machine"]["allocator"] == processes.allocator()
+    assert record["failures"] == [] and record["machine"]["allocator"]["opd_jax"] == processes.allocator("opd_jax")
     assert [row["phase"] for row in record["rows"]] == list(work.PHASES)
     assert all(row["runs"] >= 5 and row["low"] <= row["seconds"] <= row["high"] for row in record["rows"])
     programs = [row for row in record["rows"] if row["phase"] in ("prefill", "generate", "teacher", "gradient", "update")]
@@ -239,7 +244,7 @@ def test_a_tiny_run_times_every_phase_beside_its_peers(tmp_path):
         ("transformers", "generate")
     }
     losses = record["first_losses"]
-    assert losses["opd_jax float32"] == pytest.approx(losses["trl float32"], rel=0.1)
+    assert losses["opd_jax float32"] == pytest.approx(losses["trl float32"], rel=0.2)
     (curve,) = record["curves"]
     assert curve["values"] == [4, 8] and (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
     kept = baseline.read(tmp_path / "kept.json", "tiny cpu")

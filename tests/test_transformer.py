@@ -192,6 +192,7 @@ def test_eight_devices_equal_one(name):
     gradient = jax.jit(jax.grad(mean_square), static_argnums=1)
     one_grads = gradient(params, config, tokens_BL, mask_BL)
     few = transformer.apply(params, config, tokens_BL[:3], mask_BL=mask_BL[:3])
+    few_grads = gradient(params, config, tokens_BL[:3], mask_BL[:3])
     mesh = parallel.make_mesh(2, 2, 2)
     params = jax.device_put(params, spec.shardings(transformer.param_specs(config), mesh))
     with jax.set_mesh(mesh):
@@ -199,10 +200,13 @@ def test_eight_devices_equal_one(name):
         eight = transformer.apply(params, config, tokens_BL, mask_BL=mask_BL)
         _, cache = prefill(params, config, tokens_BL, mask_BL, cache_length=16)
         eight_grads = gradient(params, config, tokens_BL, mask_BL)
-        undivided = transformer.apply(params, config, np.asarray(tokens_BL[:3]), mask_BL=np.asarray(mask_BL[:3]))
+        three = np.asarray(tokens_BL[:3]), np.asarray(mask_BL[:3])  # rows that the batch axes cannot share
+        undivided = transformer.apply(params, config, three[0], mask_BL=three[1])
+        undivided_grads = gradient(params, config, *three)
     assert largest_difference(one, eight) < 1e-4
-    assert largest_difference(few, undivided) < 1e-4  # rows that the batch axes cannot share
-    assert largest_difference(one_grads, eight_grads) < 1e-4 * max(float(jnp.abs(g).max()) for g in jax.tree.leaves(one_grads))
+    assert largest_difference(few, undivided) < 1e-4
+    for on_one, on_eight in ((one_grads, eight_grads), (few_grads, undivided_grads)):
+        assert largest_difference(on_one, on_eight) < 1e-4 * max(float(jnp.abs(g).max()) for g in jax.tree.leaves(on_one))
     assert len(eight.sharding.device_set) == 8
     assert cache.keys_BKLH[0].addressable_shards[0].data.shape[0] == 2  # rows lie over data and fsdp
 

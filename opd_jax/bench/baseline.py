@@ -8,6 +8,7 @@ import pathlib
 from typing import Any
 
 from opd_jax import files
+from opd_jax.bench.processes import PEERS
 from opd_jax.bench.table import Ratio, Row
 from opd_jax.types import UserError
 
@@ -18,7 +19,7 @@ KEPT = ("prefill", "decode", "teacher", "gradient", "optimizer", "step")
 def figures(rows: list[Row], ratios: list[Ratio]) -> dict[str, float]:
     """The ratios of a run by name, such as floor/decode/float32 and trl/step/float32."""
     shares = {f"floor/{row.phase}/{row.dtype}": row.floor_share for row in rows if row.phase in KEPT}
-    return shares | {f"{one.peer}/{one.phase}/{one.dtype}": one.ratio for one in ratios}
+    return shares | {f"{one.peer}/{one.phase}/{one.dtype}": one.ratio for one in ratios if one.peer in PEERS}
 
 
 def read(path: pathlib.Path, key: str) -> dict[str, Any] | None:

@@ -130,6 +130,7 @@ class Phases:
 
     def first_loss(self) -> float:
         """Of a batch of completions at the models as they are, as an update computes it: what peers' losses are compared with."""
+        self._steps = 0  # the same draws, whatever was timed before
         metrics = self._learn(self._batch(self._sample()))
         return float(metrics["train/loss"])
 

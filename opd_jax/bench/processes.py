@@ -16,25 +16,29 @@ from opd_jax.bench.worker import Order
 START_SECONDS = 600  # a worker may take to import, and to compile what a first request needs
 TURN_SECONDS = 300
 
-# glibc's malloc gives freed memory back to the system and faults it in again in every step; kept, and in huge pages, a step is faster on
-# a CPU, of jax and of torch alike. Read by glibc when a process starts, so that it cannot be set from inside. The Makefile has it, too.
-ALLOCATOR = {
+# glibc's malloc gives freed memory back to the system and faults it in again in every step; kept, and in huge pages, a step is faster on a
+# CPU, of jax and of torch alike. Read by glibc when a process starts, so that it cannot be set from inside.
+KEPT = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "17179869184",
     "MALLOC_TOP_PAD_": "268435456",
 }
+# XLA allocates in several threads: in arenas of their own large blocks are given back whatever is set, so that there is one alone, and more
+# of its small blocks stay with their threads, which else wait for each other. Torch is slower with these. The Makefile sets them.
+ALLOCATOR = KEPT | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.tcache_count=4000", "MALLOC_ARENA_MAX": "1"}
+PEERS = ("trl", "transformers")
 
 
 class WorkerFailed(Exception):
     """A worker that ended, or took too long; one line."""
 
 
-def allocator() -> dict[str, str]:
-    """The variables that workers are started with: those above where glibc reads them, and as they are where some are set already."""
-    if platform.libc_ver()[0] != "glibc":
+def allocator(kind: str) -> dict[str, str]:
+    """The variables that a worker of this kind is started with: what is fastest for it, where glibc reads them."""
+    if platform.libc_ver()[0] != "glibc" or kind == "default_malloc":
         return {}
-    return ALLOCATOR | {name: os.environ[name] for name in ALLOCATOR if name in os.environ}
+    return KEPT if kind in PEERS else ALLOCATOR
 
 
 class Worker:
@@ -42,7 +46,8 @@ class Worker:
 
     def __init__(self, order: Order, log: pathlib.Path):
         self.order, self._log = order, log
-        environment = os.environ | allocator() | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # processes share an accelerator
+        others = {name: value for name, value in os.environ.items() if name not in ALLOCATOR}
+        environment = others | allocator(order.kind) | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # processes share an accelerator
         environment |= {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false"}
         command = [sys.executable, "-m", "opd_jax.bench.worker", json.dumps(vars(order))]
         root = str(pathlib.Path(__file__).resolve().parents[2])
@@ -79,6 +84,10 @@ class Worker:
             self.close()
             raise WorkerFailed(f"{self.name} ended: {self._last_words()}; {self._log} has all it said")
         return json.loads(line)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     @property
     def name(self) -> str:

@@ -11,10 +11,10 @@ from opd_jax.bench.worker import Order
 TIMED = {
     "limits": ("matmul_float32", "matmul_bfloat16", "stream"),
     "opd_jax": ("prefill", "generate", "teacher", "gradient", "optimizer", "update", "step"),
+    "default_malloc": ("generate", "update", "step"),
     "trl": ("step",),  # which tells its parts
     "transformers": ("generate",),
 }
-PEERS = ("trl", "transformers")
 LEAST_SECONDS = 0.2  # of a phase in a turn: short ones run several times
 
 Side = tuple[str, str]  # kind and type of the operands

@@ -10,8 +10,8 @@ from typing import Any
 
 from opd_jax.analysis import plots_bench
 from opd_jax.bench import curves, rounds, shapes, table
-from opd_jax.bench.processes import WorkerFailed, allocator
-from opd_jax.bench.rounds import PEERS, Measured
+from opd_jax.bench.processes import PEERS, WorkerFailed, allocator
+from opd_jax.bench.rounds import Measured
 from opd_jax.bench.shapes import Shape
 from opd_jax.bench.table import Ratio, Row
 from opd_jax.bench.worker import Order
@@ -54,7 +54,8 @@ def run(name: str, workdir: pathlib.Path, command: str, *, quick: bool, peers: b
 
 def _in_turns(shape: Shape, dtypes: tuple[str, ...], workdir: pathlib.Path, *, quick: bool, peers: bool, say) -> Measured:
     folder, failures = workdir / "models", []
-    orders = [Order("limits", shape.name), *(Order("opd_jax", shape.name, dtype=dtype) for dtype in dtypes)]
+    ours = ("opd_jax", "default_malloc") if allocator("opd_jax") and not quick else ("opd_jax",)
+    orders = [Order("limits", shape.name), *(Order(kind, shape.name, dtype=dtype) for dtype in dtypes for kind in ours)]
     if peers:
         missing = [package for package in ("torch", "trl", "datasets") if importlib.util.find_spec(package) is None]
         if missing:
@@ -84,7 +85,7 @@ def _written(shape: Shape, measured: Measured, loss, found: list[curves.Curve], 
     ratios = table.ratios(measured)
     facts = next((told["facts"] for (kind, _), told in measured.told.items() if kind == "opd_jax"), {})
     peers = next((told["facts"]["libraries"] for (kind, _), told in measured.told.items() if kind in PEERS), {})
-    facts = facts | {"libraries": facts.get("libraries", {}) | peers, "allocator": allocator()}
+    facts = facts | {"libraries": facts.get("libraries", {}) | peers, "allocator": {kind: allocator(kind) for kind in ("opd_jax", "trl")}}
     losses = {f"{kind} {dtype}": told["loss"] for (kind, dtype), told in measured.told.items() if told.get("loss") is not None}
     record = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -114,11 +115,11 @@ def _text(record: dict[str, Any], rows: list[Row], ratios: list[Ratio], lines: l
     libraries = ", ".join(f"{name} {version}" for name, version in facts["libraries"].items())
     rates = [f"{limit['flops'] / 1e9:,.0f} GFLOP/s with {dtype} operands" for dtype, limit in record["limits"].items()]
     streams = [f"{limit['bytes'] / 1e9:,.0f} GB/s of memory" for limit in list(record["limits"].values())[:1]]
-    allocated = " ".join(f"{name}={value}" for name, value in facts["allocator"].items()) or "the system's"
+    allocators = [" ".join(f"{name}={value}" for name, value in each.items()) or "default" for each in facts["allocator"].values()]
     head = [
         f"{record['date']}, `{record['command']}`",
-        f"{facts.get('cpu', '')}, {facts.get('cpu_count', '')} cores, {facts.get('device_kind', '')}; {libraries}; allocator of all "
-        f"processes: {allocated}",
+        f"{facts.get('cpu', '')}, {facts.get('cpu_count', '')} cores, {facts.get('device_kind', '')}; {libraries}",
+        f"allocator of ours, but of default_malloc: {allocators[0]}; of peers: {allocators[1]}",
         f"{shape['name']}: student {student}, teacher {teacher}, vocabulary {shape['student']['vocab_size']:,}; "
         f"{shape['batch_size']} rollouts of {shape['prompt']} + {shape['new_tokens']} tokens, {shape['microbatches']} microbatches",
         f"limits: {', '.join(rates + streams)}",

@@ -35,7 +35,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """How many times as long a peer takes for the same; medians, and the least and most of the rounds."""
+    """How many times as long a peer, or ours with another allocator, takes for the same; medians, and the least and most of the rounds."""
 
     peer: str
     phase: str
@@ -91,7 +91,7 @@ def _row(shape: Shape, phase: str, dtype: str, seconds: list[float], limits: Lim
 
 
 def ratios(measured: Measured) -> list[Ratio]:
-    """Every peer beside this library, in what both were timed at."""
+    """Every other side beside this library, in what both were timed at."""
     found = []
     for (kind, dtype), theirs in measured.samples.items():
         ours = measured.samples.get(("opd_jax", dtype))

@@ -21,7 +21,7 @@ from typing import Any
 class Order:
     """What a worker is started with."""
 
-    kind: str  # limits, opd_jax, trl, transformers, export or loss_memory
+    kind: str  # see KINDS
     shape: str = "tiny"
     changes: dict[str, int] = dataclasses.field(default_factory=dict)
     dtype: str = "float32"
@@ -140,6 +140,7 @@ def _transformers(order: Order) -> Side:
 KINDS = {
     "limits": _Limits,
     "opd_jax": _Ours,
+    "default_malloc": _Ours,  # in a process without the allocator setting
     "trl": _trl,
     "transformers": _transformers,
     "export": _export,

@@ -100,9 +100,9 @@ def rotation(position_BL: jax.Array, head_dim: int, theta: float, scaling: RopeS
 
 def rotate(x_BLNH: jax.Array, cos_and_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotates each pair (h, h + H/2) by its angle: the convention of Hugging Face checkpoints."""
-    cos, sin = (r.astype(x_BLNH.dtype) for r in cos_and_sin)
+    cos, sin = (jnp.concatenate([r, r], axis=-1).astype(x_BLNH.dtype) for r in cos_and_sin)
     first, second = jnp.split(x_BLNH, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return x_BLNH * cos + jnp.concatenate([-second, first], axis=-1) * sin
 
 
 def _frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:

@@ -265,8 +265,9 @@ def _expert_block(weights: dict, config: ModelConfig, x_BLD: jax.Array) -> jax.A
     return parallel.over_rows(read, x_BLD, weights)
 
 
-def _accumulation(config: ModelConfig):
-    return jnp.promote_types(config.compute_dtype, jnp.float32)
+def _wide(dtype: str) -> jnp.dtype:
+    """Of sums and of what stays between products: float32, or float64 for a float64 model."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def _matmul(equation: str, x: jax.Array, w: jax.Array | lora.Adapted, config: ModelConfig) -> jax.Array:
@@ -275,54 +276,55 @@ def _matmul(equation: str, x: jax.Array, w: jax.Array | lora.Adapted, config: Mo
         down, up = lora.equations(equation)
         update = _matmul(up, _matmul(down, x, w.a, config), w.b, config)
         return _matmul(equation, x, w.base, config) + w.scale * update
-    if jnp.dtype(config.compute_dtype) == _accumulation(config):
-        return jnp.einsum(equation, x.astype(config.compute_dtype), w.astype(config.compute_dtype))
-    return _narrow_product(equation, config.compute_dtype, x, w)
+    return _product(equation, config.compute_dtype, x, w)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _narrow_product(equation: str, dtype: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """A product of 16-bit operands, summed in float32. The cotangent is one more operand: rounded to 16 bits too, where jax's own rule
-    keeps it wide and so makes float32 products of both gradients. They come in the types of x and w, without a rounding on the way.
+def _product(equation: str, dtype: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """A product of operands in `dtype`, summed in float32 or wider. Reverse mode only.
+
+    The cotangent is one more operand: rounded to 16 bits where they are, while jax's own rule keeps it wide and so makes float32 products
+    of both gradients. The weights' is written with x first: a CPU transposes the first operand, and x needs less work than the cotangent,
+    which jax's rule has there. Gradients come in the types of x and w, without a rounding on the way.
     """
-    return jnp.einsum(equation, x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32)
+    return jnp.einsum(equation, x.astype(dtype), w.astype(dtype), preferred_element_type=_wide(dtype))
 
 
-def _narrow_forward(equation, dtype, x, w):
+def _product_forward(equation, dtype, x, w):
     kept = x.astype(dtype)
-    return _narrow_product(equation, dtype, kept, w), (kept, jnp.zeros((), x.dtype), w)
+    return _product(equation, dtype, kept, w), (kept, jnp.zeros((), x.dtype), w)
 
 
-def _narrow_backward(equation, dtype, kept, cotangent):
+def _product_backward(equation, dtype, kept, cotangent):
     x, of_x, w = kept
     operands, out = equation.split("->")
     of_operands = operands.split(",")
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    product = functools.partial(jnp.einsum, preferred_element_type=_wide(dtype))
     cotangent = cotangent.astype(dtype)
     over_x = product(f"{out},{of_operands[1]}->{of_operands[0]}", cotangent, w.astype(dtype))
     over_w = product(f"{of_operands[0]},{out}->{of_operands[1]}", x, cotangent)
     return over_x.astype(of_x.dtype), over_w.astype(w.dtype)
 
 
-_narrow_product.defvjp(_narrow_forward, _narrow_backward)
+_product.defvjp(_product_forward, _product_backward)
 
 
 def _grouped_matmul(x: jax.Array, w: jax.Array, size_E: jax.Array, config: ModelConfig) -> jax.Array:
     """The first size_E[0] rows of x times w[0], the next size_E[1] times w[1], ...; types as in _matmul."""
     dtype = config.compute_dtype
-    return jax.lax.ragged_dot(x.astype(dtype), w.astype(dtype), size_E, preferred_element_type=_accumulation(config))
+    return jax.lax.ragged_dot(x.astype(dtype), w.astype(dtype), size_E, preferred_element_type=_wide(config.compute_dtype))
 
 
 def _norm(x: jax.Array, scale: jax.Array, config: ModelConfig) -> jax.Array:
     """Root-mean-square norm over the last axis, in float32."""
-    x = x.astype(_accumulation(config))
+    x = x.astype(_wide(config.compute_dtype))
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + config.rms_norm_eps)
     scale = scale.astype(x.dtype) + 1 if config.traits.zero_centred_norms else scale.astype(x.dtype)
     return x * inverse * scale.reshape((1,) * (x.ndim - 1) + scale.shape)
 
 
 def _embed(params: dict, config: ModelConfig, tokens_BL: jax.Array) -> jax.Array:
-    x_BLD = params["embed"][tokens_BL].astype(_accumulation(config))
+    x_BLD = params["embed"][tokens_BL].astype(_wide(config.compute_dtype))
     if config.traits.scaled_embedding:
         # In the type of the weights, as the models were trained: 33.94 is 34 in bfloat16.
         x_BLD = x_BLD * jnp.float32(config.hidden_size**0.5).astype(params["embed"].dtype).astype(x_BLD.dtype)
@@ -346,7 +348,7 @@ def _valid_vocabulary(config: ModelConfig) -> jax.Array | None:
 
 def _logits(params: dict, config: ModelConfig, x: jax.Array) -> jax.Array:
     with jax.named_scope("unembed"):
-        logits = jnp.einsum("...d,dv->...v", x, _unembedding(params, config), preferred_element_type=_accumulation(config))
+        logits = jnp.einsum("...d,dv->...v", x, _unembedding(params, config), preferred_element_type=_wide(config.compute_dtype))
         return logits if config.final_softcap is None else config.final_softcap * jnp.tanh(logits / config.final_softcap)
 
 
