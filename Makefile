@@ -7,10 +7,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 QUICKSTART := configs/quickstart.py
 
 # glibc gives freed memory back to the system, and every step faults it in again; in arenas of other threads whatever is set for the first
-# one. Kept, in huge pages and in one arena, of which threads keep more small blocks, a step on a CPU is faster. Read when a process starts;
-# `make bench` sets it for its own processes (opd_jax/bench/processes.py). What is set already stays.
+# one. Kept, in huge pages and in one arena, a step on a CPU is faster. Read when a process starts; `make bench` sets it for its own
+# processes (opd_jax/bench/processes.py). What is set already stays.
 ifeq ($(firstword $(shell getconf GNU_LIBC_VERSION 2>/dev/null)),glibc)
-quickstart study: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.tcache_count=4000
+quickstart study: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 quickstart study: export MALLOC_MMAP_MAX_ ?= 0
 quickstart study: export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 quickstart study: export MALLOC_TOP_PAD_ ?= 268435456

@@ -3,8 +3,9 @@
 python experiments/bench.py [--workdir=runs/bench] [--quick] [--curves] [--shape=prototype|qwen3_0.6b|tiny]
 
 Each side (this library, TRL's DistillationTrainer, transformers' generate; each with operands in float32 and in bfloat16) is a process of
-its own, with the same weights and the allocator setting that is best for it; they are asked in turns, round by round. This library is also
-timed with glibc's own setting, default_malloc. Medians of at least 5 runs, with the least and the most. DIR gets bench.json, bench.md and logs/; --curves adds how the time grows with batch, length, vocabulary, width and
+its own, with the same weights and the allocator setting that suits it best; they are asked in turns, round by round. This library is timed
+with glibc's own setting, too (default_malloc). Medians of at least 5 runs, with the least and the most. DIR gets bench.json, bench.md and
+logs/; --curves adds how the time grows with batch, length, vocabulary, width and
 virtual devices (curves.png; a point that is in DIR/points is not measured again).
 
 Ratios (shares of the floor, peers' times over ours) are compared with those in --baseline for the same shape and platform: a line for each

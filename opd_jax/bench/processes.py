@@ -24,9 +24,9 @@ KEPT = {
     "MALLOC_TRIM_THRESHOLD_": "17179869184",
     "MALLOC_TOP_PAD_": "268435456",
 }
-# XLA allocates in several threads: in arenas of their own large blocks are given back whatever is set, so that there is one alone, and more
-# of its small blocks stay with their threads, which else wait for each other. Torch is slower with these. The Makefile sets them.
-ALLOCATOR = KEPT | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.tcache_count=4000", "MALLOC_ARENA_MAX": "1"}
+# XLA allocates in several threads: in arenas of their own large blocks are given back whatever is set, so that there is one alone. Torch is
+# slower with that. The Makefile sets these.
+ALLOCATOR = KEPT | {"MALLOC_ARENA_MAX": "1"}
 PEERS = ("trl", "transformers")
 
 
