@@ -1,7 +1,9 @@
 """One update: microbatches, global denominators, clipping, AdamW, and a flag that keeps the state good when a gradient is not finite."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -11,10 +13,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from opd_jax import config as config_lib
 from opd_jax import objective as objective_lib
-from opd_jax import parallel
+from opd_jax import observed, parallel
 from opd_jax.models import forward
 from opd_jax.models.config import ModelConfig
 from opd_jax.numerics.estimators import Context
+from opd_jax.numerics.heads import Head
 from opd_jax.numerics.targets import SparseTarget, TokenTarget
 from opd_jax.objective import Share
 from opd_jax.teachers import Bank, Parameters
@@ -158,27 +161,25 @@ def gradient_and_statistics(
     base=None,
 ):
     """(what `gradient` gives, for the diagnostics: per-token statistics [B, T], squared norms of the microbatches' gradients [M])."""
-    models = (params, frozen, kept, base)
+    models = _Models(params, frozen, kept, base)
+    readers = _Readers(objective, student_config, bank, attach, adaptive)
 
-    def read(models, micro: Batch):
-        params, frozen, kept, base = models
-        return _heads(objective, student_config, bank, (frozen, kept, adaptive), attach, base, params, micro)
+    def piece(models: _Models, micro: Batch):
+        targets, seen = readers.targets(models, micro)
 
-    def piece(models, micro: Batch):
         def loss(params):
-            head, targets, seen = read((params, *models[1:]), micro)
-            tokens_BT = micro.student.completion_BT
+            head, tokens_BT = readers.student(models._replace(params=params), micro), micro.student.completion_BT
             value, sums = objective_lib.loss(objective, head, targets, tokens_BT, micro.mask_BT, micro.shares, micro.compared_B)
-            return value, (sums | seen, objective_lib.look(objective, head, targets["teacher"], tokens_BT))
+            return value, (sums | seen, observed.look(objective, head, targets["teacher"], tokens_BT))
 
-        (value, (sums, stats)), grads = jax.value_and_grad(loss, has_aux=True)(models[0])
+        (value, (sums, stats)), grads = jax.value_and_grad(loss, has_aux=True)(models.params)
         return (value, sums, grads), stats
 
     if microbatches == 1:
         total, stats = piece(models, batch)
         return total, (stats, None)
     if objective.looks_across:
-        batch = _prepare(objective, lambda micro: read(parallel.within_loop(models, micro), micro), batch, microbatches)
+        batch = _prepare(readers, models, batch, microbatches)
     pieces = _split(batch, microbatches)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(piece, models, jax.tree.map(lambda x: x[0], pieces))[0])
 
@@ -193,31 +194,58 @@ def gradient_and_statistics(
     return total, (jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), stats), square_M)
 
 
-def _heads(objective: objective_lib.Objective, student_config, bank: Bank | None, others, attach: Attach, base, params, micro: Batch):
-    """(what the student says, what it is compared with, sums for an adaptive rule) for some rows; only the first has a gradient."""
-    frozen, kept, adaptive = others
-    whole = functools.partial(attach, base) if attach else lambda trained: trained
-    own = whole(params)
-    student = forward.hidden(own, student_config, micro.student)
-    targets, seen = {"teacher": micro.scores, "reference": None}, {}
-    if bank is not None:
-        gain = bank.rule.gain(adaptive) if bank.rule else None
-        parameters = jax.lax.stop_gradient(Parameters(frozen, whole(kept) if bank.keeps else {}, own, gain))
+class _Models(NamedTuple):
+    """Parameters: what is trained, of the bank's members, of a copy of the student that follows it, and what adapters are on."""
+
+    params: dict
+    frozen: dict
+    kept: dict | None
+    base: dict | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Readers:
+    """How some rows are read."""
+
+    objective: objective_lib.Objective
+    student_config: ModelConfig
+    bank: Bank | None
+    attach: Attach
+    adaptive: dict | None  # state of an adaptive extrapolation
+
+    def _whole(self, trained: dict, models: _Models) -> dict:
+        return self.attach(models.base, trained) if self.attach else trained
+
+    def student(self, models: _Models, micro: Batch) -> Head:
+        """The student, whose parameters alone have a gradient."""
+        return forward.hidden(self._whole(models.params, models), self.student_config, micro.student)
+
+    def targets(self, models: _Models, micro: Batch) -> tuple[objective_lib.Targets, dict[str, jax.Array]]:
+        """(what the student is compared with, sums for an adaptive rule): constant, and made outside of what has a gradient."""
+        targets, seen, bank, models = {"teacher": micro.scores, "reference": None}, {}, self.bank, jax.lax.stop_gradient(models)
+        if bank is None:
+            return targets, seen
+        gain = bank.rule.gain(self.adaptive) if bank.rule else None
+        kept = self._whole(models.kept, models) if bank.keeps else {}
+        parameters = Parameters(models.frozen, kept, self._whole(models.params, models), gain)
         if micro.teacher is not None:
             views = (micro.teacher, micro.student, micro.route_B)
             compared_BT = micro.mask_BT if micro.compared_B is None else micro.mask_BT & micro.compared_B[:, None]
+            student = self.student(models, micro) if bank.rule else None  # the rule looks at it
             targets["teacher"], seen = bank.target(parameters, *views, student=student, mask_BT=compared_BT)
-        if objective.has_reference:
+        if self.objective.has_reference:
             targets["reference"] = bank.reference_target(parameters, micro.student)
-    return student, targets, seen
+        return targets, seen
 
 
-def _prepare(objective: objective_lib.Objective, read: Callable, batch: Batch, microbatches: int) -> Batch:
+def _prepare(readers: _Readers, models: _Models, batch: Batch, microbatches: int) -> Batch:
     """What looks across rows, made before the batch is split: one more pass of student and teacher, without gradients."""
+    objective = readers.objective
 
     def piece(_, micro: Batch):
-        head, targets, _ = read(micro)
-        return None, objective_lib.statistics(objective, head, targets, micro.student.completion_BT)
+        near = parallel.within_loop(models, micro)
+        head, (targets, _) = readers.student(near, micro), readers.targets(near, micro)
+        return None, objective_lib.statistics(objective, head, targets, micro.student.completion_BT, micro.mask_BT, micro.shares)
 
     _, stats = jax.lax.scan(piece, None, _split(batch, microbatches))
     whole = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), stats)
@@ -246,7 +274,7 @@ def _update_function(objective, student_config, bank, optimizer, microbatches, a
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         # The host sees metrics one step late: until then a bad gradient, and what follows it, must leave the state as it was.
-        metrics = {"train/loss": loss, "train/grad_norm": grad_norm, **objective_lib.metrics(sums)}
+        metrics = {"train/loss": loss, "train/grad_norm": grad_norm, **observed.metrics(sums)}
         finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, metrics.values()), state.finite)
         params = optax.apply_updates(state.params, updates)
         kept = bank.advance(state.kept, params, state.step + 1) if bank is not None else state.kept
@@ -256,7 +284,7 @@ def _update_function(objective, student_config, bank, optimizer, microbatches, a
         moved = TrainState(state.step + 1, params, opt_state, finite, kept, adaptive)
         state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state.replace(finite=finite))
         if objective.diagnostics:  # beside the others: a quantity that does not exist is NaN, and no reason to stop
-            metrics["diagnostics"] = objective_lib.diagnose(*statistics, grad_norm, batch.shares[0].context)
+            metrics["diagnostics"] = observed.diagnose(*statistics, grad_norm, batch.shares[0].context)
         return state, metrics
 
     return update

@@ -1,6 +1,7 @@
 """The only place where numerics meet config: which statistics, which estimator, which normaliser -> the loss of a batch."""
 
 import dataclasses
+import functools
 import re
 
 import flax.struct
@@ -8,13 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from opd_jax import config as config_lib
-from opd_jax import parallel, teachers
+from opd_jax import teachers
 from opd_jax.config import Config, ConfigError, check_choice, keeps_scores, needs_solutions
-from opd_jax.numerics import baselines, credit, diagnostics, entries, estimators, gates, importance, masked
+from opd_jax.numerics import baselines, credit, entries, estimators, gates, importance, masked
 from opd_jax.numerics.estimators import Context, Estimator
 from opd_jax.numerics.gates import Gate
 from opd_jax.numerics.targets import AnyTarget
-from opd_jax.numerics.token_stats import SUPPORTS, TAILS, Head, Signal, Stats, Target, token_stats
+from opd_jax.numerics.token_stats import SUPPORTS, TAILS, Head, Signal, Stats, token_stats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,7 +251,7 @@ def loss(
 
     `compared_B`: the rows that have a teacher; None: all.
     """
-    found, shown = _statistics(objective, student, targets, tokens_BT)
+    found, shown = _statistics(objective, student, targets, tokens_BT, _looked_at(mask_BT, shares))
     values, gated = [], {}
     for part, stats, share in zip(objective.parts, found, shares, strict=True):
         term = part.estimator.terms(stats, _prepared(part, stats, share.context))
@@ -267,7 +268,9 @@ def loss(
     return sum(values[1:], values[0]), jax.lax.stop_gradient(sums)
 
 
-def _statistics(objective: Objective, student: Head, targets: Targets, tokens_BT: jax.Array) -> tuple[list[Stats], Stats]:
+def _statistics(
+    objective: Objective, student: Head, targets: Targets, tokens_BT: jax.Array, mask_BT: jax.Array
+) -> tuple[list[Stats], Stats]:
     """(statistics for each part, those that the metrics show): one pass over the vocabulary for each signal and target."""
     passes: dict[tuple, set[str]] = {}
     for part in objective.parts:
@@ -278,12 +281,13 @@ def _statistics(objective: Objective, student: Head, targets: Targets, tokens_BT
     if exact:
         passes[first] |= objective.shown
     made = {
-        (signal, against): token_stats(student, targets[against], tokens_BT, signal=signal, needs=frozenset(needs))
+        (signal, against): token_stats(student, targets[against], tokens_BT, signal=signal, needs=frozenset(needs), mask_BT=mask_BT)
         for (signal, against), needs in passes.items()
     }
     shown = made[first]
     if not exact:
-        shown = token_stats(jax.lax.stop_gradient(student), targets["teacher"], tokens_BT, signal=Signal("nll"), needs=objective.shown)
+        plain = {"signal": Signal("nll"), "needs": objective.shown, "mask_BT": mask_BT}
+        shown = token_stats(jax.lax.stop_gradient(student), targets["teacher"], tokens_BT, **plain)
     return [made[_pass_of(objective, part)] for part in objective.parts], shown
 
 
@@ -295,9 +299,18 @@ def _pass_of(objective: Objective, part: Part) -> tuple[Signal, str]:
     return own.signal, part.against
 
 
-def statistics(objective: Objective, student: Head, targets: Targets, tokens_BT: jax.Array) -> list[Stats]:
+def _looked_at(mask_BT: jax.Array, shares: tuple[Share, ...]) -> jax.Array:
+    """The positions of which somebody reads a statistic."""
+    contexts = [share.context for share in shares]
+    drawn = [context.drawn_BT for context in contexts if context.drawn_BT is not None]
+    return functools.reduce(jnp.logical_or, [context.mask_BT for context in contexts] + drawn, mask_BT)
+
+
+def statistics(
+    objective: Objective, student: Head, targets: Targets, tokens_BT: jax.Array, mask_BT: jax.Array, shares: tuple[Share, ...]
+) -> list[Stats]:
     """What the estimators look at, without a gradient: for `prepared`, where a batch is split."""
-    return jax.lax.stop_gradient(_statistics(objective, student, targets, tokens_BT)[0])
+    return jax.lax.stop_gradient(_statistics(objective, student, targets, tokens_BT, _looked_at(mask_BT, shares))[0])
 
 
 def prepared(objective: Objective, found: list[Stats], shares: tuple[Share, ...]) -> tuple[Share, ...]:
@@ -324,49 +337,3 @@ def _sums(stats: Stats, mask_BT: jax.Array, compared_B: jax.Array | None) -> dic
     if stats.disagreement_BT is not None:
         sums["disagreement"] = masked.masked_sum(stats.disagreement_BT, mask_BT)
     return sums
-
-
-def look(objective: Objective, student: Head, target: AnyTarget | None, tokens_BT: jax.Array) -> Stats | None:
-    """What the diagnostics see of these rows, at temperature 1; None where they are off. Of a law known in part they see nothing.
-
-    A pass over the vocabulary of its own, behind a barrier: the compiler does not merge it with the loss, whose numbers must not depend on
-    who looks on.
-    """
-    if not objective.diagnostics:
-        return None
-    target = target if isinstance(target, Target) else None
-    student, target = jax.lax.optimization_barrier(jax.lax.stop_gradient((student, target)))
-    k = objective.estimator.signal.k or diagnostics.TOP
-    signal = Signal("reverse_kl", "topk_teacher", k=k) if target is not None else Signal("nll")
-    needs = diagnostics.NEEDS if target is not None else ("logp",)
-    return token_stats(student, target, tokens_BT, signal=signal, needs=needs)
-
-
-def diagnose(stats: Stats, square_M: jax.Array | None, grad_norm: jax.Array, context: Context) -> dict[str, jax.Array]:
-    """The diagnostics of a whole batch: scalars by metric name (NaN: there is none), and `log_ratio_BT` [B, T] where there is a teacher.
-
-    `stats` of all rows; `square_M` are the squared gradient norms of the microbatches (None: one), `grad_norm` is the norm of their sum.
-    """
-    mask_BT = context.mask_BT
-    found = {}
-    if context.behaviour_logp_BT is not None:
-        found |= diagnostics.effective_samples(stats.logp_BT - context.behaviour_logp_BT, mask_BT)
-    if square_M is not None:
-        found |= diagnostics.gradient_noise(square_M, jnp.square(grad_norm), mask_BT.shape[0])
-    if stats.kl_BT is not None:
-        log_ratio_BT = stats.target_logp_BT - stats.logp_BT
-        found |= diagnostics.log_ratios(log_ratio_BT, mask_BT) | diagnostics.against_teacher(stats, mask_BT)
-        found["log_ratio_BT"] = parallel.constrain(log_ratio_BT, None, None)  # whole on every device: the host reads it
-    return found
-
-
-def metrics(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Means per token of the sums of a whole batch."""
-    tokens = jnp.maximum(sums["tokens"], 1.0)
-    compared = jnp.maximum(sums["compared"], 1.0) if "compared" in sums else tokens
-    names = {"kl": "train/reverse_kl", "log_ratio": "train/log_ratio_mean", "disagreement": "teacher/disagreement"}
-    names["scale"] = "extrapolation/scale"
-    losses = {f"train/{key}": value for key, value in sums.items() if key.startswith("loss_")}
-    means = {name: sums[key] / compared for key, name in names.items() if key in sums}
-    gates = {f"train/{key}": value[0] / jnp.maximum(value[1], 1.0) for key, value in sums.items() if key.startswith("gate_")}
-    return {"train/tokens": sums["tokens"], "rollout/entropy": sums["entropy"] / tokens} | means | losses | gates

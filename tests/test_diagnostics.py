@@ -14,7 +14,7 @@ import pytest
 from models import context_of, ragged_prompts, ragged_rollout, tiny_model
 
 from opd_jax import config as config_lib
-from opd_jax import diagnostics, glossary, learner, metrics, model_io, objective, parallel, teachers, train
+from opd_jax import diagnostics, glossary, learner, metrics, model_io, objective, observed, parallel, teachers, train
 from opd_jax.analysis import report, runs
 from opd_jax.data import tokenizer
 from opd_jax.models import hf, spec, transformer
@@ -124,8 +124,8 @@ def test_the_comparison_with_the_teacher_is_that_of_dense_laws(k):
     tokens, mask = rng.integers(0, 24, (3, 5)), np.arange(5)[None, :] < np.array([[5], [2], [3]])
     garbage = np.where(mask[..., None], logits, 50 * rng.normal(size=logits.shape))
     goal = make_objective(k=k)
-    stats = objective.look(goal, DenseHead(jnp.asarray(garbage, jnp.float32)), Target((DenseHead(jnp.asarray(teacher)),)), tokens)
-    found = objective.diagnose(stats, None, jnp.ones(()), Context(jnp.asarray(mask)))
+    stats = observed.look(goal, DenseHead(jnp.asarray(garbage, jnp.float32)), Target((DenseHead(jnp.asarray(teacher)),)), tokens)
+    found = observed.diagnose(stats, None, jnp.ones(()), Context(jnp.asarray(mask)))
     for name, value in by_hand(logits, teacher, tokens, mask, k or 16).items():
         assert float(found[name]) == pytest.approx(value, rel=2e-4), name
     assert found["log_ratio_BT"].shape == (3, 5)
@@ -135,12 +135,12 @@ def test_the_comparison_with_the_teacher_is_that_of_dense_laws(k):
 def test_a_support_of_the_whole_vocabulary_has_no_bias():
     rng = np.random.default_rng(3)
     heads = [DenseHead(jnp.asarray(x, jnp.float32)) for x in rng.normal(size=(2, 2, 3, 7))]
-    stats = objective.look(make_objective(), heads[0], Target((heads[1],)), jnp.zeros((2, 3), int))
+    stats = observed.look(make_objective(), heads[0], Target((heads[1],)), jnp.zeros((2, 3), int))
     found = numerics.against_teacher(stats, jnp.ones((2, 3)))
     assert float(found["diag/topk_gradient_cosine"]) == pytest.approx(1, abs=1e-6)
     assert float(found["diag/topk_gradient_error"]) == float(found["diag/topk_kl_gap"]) == 0
     same = numerics.against_teacher(
-        objective.look(make_objective(), heads[0], Target((heads[0],)), jnp.zeros((2, 3), int)), jnp.ones((2, 3))
+        observed.look(make_objective(), heads[0], Target((heads[0],)), jnp.zeros((2, 3), int)), jnp.ones((2, 3))
     )
     assert math.isnan(same["diag/topk_gradient_cosine"]) and float(same["diag/topk_kl_gap"]) == 0  # no gradient has no direction
 

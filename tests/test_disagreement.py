@@ -10,7 +10,7 @@ import scipy.special
 from test_bank import batch_of, case, goal_of, members
 
 from opd_jax import config as config_lib
-from opd_jax import objective
+from opd_jax import objective, observed
 from opd_jax.models import forward
 from opd_jax.numerics.targets import SparseTarget, Target
 from opd_jax.numerics.token_stats import DenseHead, Signal, token_stats
@@ -81,7 +81,7 @@ def test_the_metric_is_of_the_members_on_the_tokens_of_the_student():
         target = bank.target(Parameters({**frozen, "reference": own}, {}, own), batch.teacher, batch.student, batch.route_B)[0]
         head, tokens_BT = forward.hidden(own, config, batch.student), batch.student.completion_BT
         _, sums = objective.loss(goal, head, {"teacher": target, "reference": None}, tokens_BT, batch.mask_BT, batch.shares)
-        return objective.metrics(sums), jnp.stack([jnp.einsum("btd,dv->btv", one.hidden_BTD, one.unembed_DV) for one in target.heads])
+        return observed.metrics(sums), jnp.stack([jnp.einsum("btd,dv->btv", one.hidden_BTD, one.unembed_DV) for one in target.heads])
 
     metrics, logits = look(batch)
     assert len(logits) == 3

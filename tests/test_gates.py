@@ -11,7 +11,7 @@ from models import context_of
 from test_bank import batch_of, case, config_of, goal_of, gradient, same
 from test_parts import one_teacher
 
-from opd_jax import claim, objective
+from opd_jax import claim, objective, observed
 from opd_jax import config as config_lib
 from opd_jax.config import ConfigError
 from opd_jax.numerics.estimators import build, loss_B
@@ -117,9 +117,9 @@ def test_the_normaliser_counts_the_tokens_of_the_mask(float64):
     assert above[0] > 0.01 and below[0] > 0.01 and above[0] + below[0] == pytest.approx(plain[0], rel=1e-6)  # sums are float32
     np.testing.assert_allclose(above[2] + below[2], plain[2], atol=1e-12)
     assert nothing[0] == 0.0 and not nothing[2].any()
-    shares = [float(objective.metrics(seen[1])["train/gate_distillation"]) for seen in (above, below, nothing)]
+    shares = [float(observed.metrics(seen[1])["train/gate_distillation"]) for seen in (above, below, nothing)]
     assert 0 < shares[0] < 1 and shares[0] + shares[1] == pytest.approx(1) and shares[2] == 0
-    assert "train/gate_distillation" not in objective.metrics(plain[1])
+    assert "train/gate_distillation" not in observed.metrics(plain[1])
 
 
 @pytest.mark.parametrize("kind", WEIGHING)
@@ -165,7 +165,7 @@ def test_microbatches_and_masks_with_gaps_change_nothing():
     one, four = (gradient(goal, bank, frozen, batch, microbatches=pieces) for pieces in (1, 4))
     assert float(one[0]) == pytest.approx(float(four[0]), rel=1e-5) and same(one[2], four[2], 1e-5)
     for name in ("train/gate_distillation", "train/gate_extra"):
-        assert float(objective.metrics(one[1])[name]) == pytest.approx(float(objective.metrics(four[1])[name]), rel=1e-5)
+        assert float(observed.metrics(one[1])[name]) == pytest.approx(float(observed.metrics(four[1])[name]), rel=1e-5)
 
 
 def test_the_fields_of_the_second_signal_arrive():

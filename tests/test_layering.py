@@ -36,7 +36,7 @@ routing apart
 pair
 difficulty
 objective
-labels
+observed labels
 claim learner replay
 batches
 metrics

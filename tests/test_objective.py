@@ -2,12 +2,17 @@
 
 import re
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from opd_jax import claim, objective
 from opd_jax import config as config_lib
 from opd_jax.config import ConfigError
-from opd_jax.numerics.token_stats import Signal
+from opd_jax.numerics import heads
+from opd_jax.numerics.estimators import Context
+from opd_jax.numerics.token_stats import Head, Signal, Target
 
 
 def from_signal(**fields):
@@ -104,3 +109,25 @@ def test_a_law_that_nothing_is_compared_with_is_not_changed(blocks, words):
     objective.from_config(config_lib.Config(**blocks), has_teacher=True)
     ranked = config_lib.Preference(weight=1.0)
     objective.from_config(config_lib.Config(signal=config_lib.Signal("nll"), preference=ranked, **blocks), has_teacher=True)
+
+
+def test_positions_behind_all_completions_cost_nothing(monkeypatch):
+    """They lie in tiles that are not made: rubbish there reaches neither the loss nor its gradient. What only a part draws is looked at."""
+    goal = objective.from_config(config_lib.Config(), has_teacher=True)
+    rng = np.random.default_rng(0)
+    hidden_BTD, unembed_DV, teacher_DV = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 6, 3), (3, 5), (3, 5)))
+    tokens_BT, mask_BT = jnp.zeros((2, 6), jnp.int32), jnp.arange(6)[None] < jnp.array([[1], [4]])
+
+    def loss(unembed_DV, hidden_BTD, drawn_BT=None):
+        shares = tuple(objective.share(part, Context(mask_BT, drawn_BT=drawn_BT), 6) for part in goal.parts)
+        targets = {"teacher": Target((Head(hidden_BTD, teacher_DV),)), "reference": None}
+        return objective.loss(goal, Head(hidden_BTD, unembed_DV), targets, tokens_BT, mask_BT, shares)[0]
+
+    both = jax.value_and_grad(loss)
+    whole, rubbish = both(unembed_DV, hidden_BTD), hidden_BTD.at[:, 4:].set(jnp.nan)
+    monkeypatch.setattr(heads, "TILE_BYTES", 2 * 5 * 4 * 2)  # of two positions
+    monkeypatch.setattr(heads, "LEAST_ROWS", 1)
+    found = both(unembed_DV, rubbish)
+    np.testing.assert_allclose(found[0], whole[0], rtol=1e-6)
+    np.testing.assert_allclose(found[1], whole[1], atol=1e-6)
+    assert jnp.isnan(both(unembed_DV, rubbish, jnp.ones((2, 6), bool))[1]).any()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_bank import batch_of, config_of, goal_of, gradient, members
 
-from opd_jax import batches, claim, objective, parallel, routing, train
+from opd_jax import batches, claim, objective, observed, parallel, routing, train
 from opd_jax import config as config_lib
 from opd_jax.batches import token_shares
 from opd_jax.data import pipeline
@@ -84,7 +84,7 @@ def test_metrics_compare_on_the_rows_that_have_a_teacher():
     some = gradient(goal, bank, frozen, whole.replace(compared_B=compared_B), microbatches=2)[1]
     only = gradient(goal, bank, frozen, batch_of(goal, route_B=route_B[compared_B], rows=compared_B))[1]
     every = gradient(goal, bank, frozen, whole)[1]
-    found, of_them, of_all = (objective.metrics(sums) for sums in (some, only, every))
+    found, of_them, of_all = (observed.metrics(sums) for sums in (some, only, every))
     for name in ("train/reverse_kl", "train/log_ratio_mean"):
         assert float(found[name]) == pytest.approx(float(of_them[name]), rel=1e-5)
         assert float(found[name]) != pytest.approx(float(of_all[name]), rel=1e-2)

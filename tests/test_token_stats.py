@@ -309,6 +309,29 @@ def test_no_array_holds_positions_times_vocabulary():
     assert rows * tile * vocab <= largest < rows * length * vocab / 4
 
 
+@pytest.mark.parametrize("columns", [None, 4])
+def test_tiles_that_nobody_looks_at_are_not_made(columns, float64):
+    """With rubbish in them values and gradients elsewhere are what they are without a mask: NaN times 0 would not be 0."""
+    student, teacher, tokens_BT = heads(jnp.float64)
+    mask_BT = jnp.arange(T)[None, :] < jnp.array([[0], [2], [4]])  # of the tiles of 3 positions the last one is not looked at
+    weights_BT = jnp.where(mask_BT, jnp.asarray(np.random.default_rng(1).normal(size=(B, T))), 0)
+
+    def value(hidden_BTD, unembed_DV, mask_BT):
+        settings = {"signal": Signal("reverse_kl"), "needs": ("logp", "local", "kl"), "tile": 3, "tile_columns": columns}
+        stats = token_stats(Head(hidden_BTD, unembed_DV), Target((teacher,)), tokens_BT, mask_BT=mask_BT, **settings)
+        used = [jnp.where(weights_BT != 0, x_BT, 0) for x_BT in (stats.logp_BT, stats.local_BT)]
+        return jnp.sum(weights_BT * (used[0] + 2 * used[1])), stats
+
+    both = jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True))
+    (total, stats), gradients = both(student.hidden_BTD, student.unembed_DV, None)
+    (found, skipped), of_skipped = both(student.hidden_BTD.at[:, 6:].set(jnp.nan), student.unembed_DV, mask_BT)
+    assert found == total
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-15), of_skipped, gradients)
+    for name in ("logp_BT", "local_BT", "kl_BT"):
+        np.testing.assert_array_equal(getattr(skipped, name)[:, :6], getattr(stats, name)[:, :6])
+        assert not np.any(getattr(skipped, name)[:, 6:])
+
+
 def test_the_default_tile_fits_its_bytes():
     whole = lambda *shape: heads_lib.tiling(*shape, columns=False)
     assert whole(4, 10_000, 150_000).positions * 4 * 4 * 150_000 <= heads_lib.TILE_BYTES

@@ -124,16 +124,27 @@ def tiling(rows: int, length: int, vocab: int, *, columns: bool) -> Tiling:
     return Tiling(min(max(COLUMN_TILE_BYTES // (4 * rows * COLUMNS), 1), length), COLUMNS)
 
 
-def over_tiles(function, carry, inputs, length: int, tile: int):
-    """Runs function(carry, inputs of a tile) -> (carry, arrays [B, t, ...]) along T; the arrays come back whole, [B, T, ...]."""
+def over_tiles(function, carry, inputs, length: int, tile: int, live_BT: jax.Array | None = None):
+    """Runs function(carry, inputs of a tile) -> (carry, arrays [B, t, ...]) along T; the arrays come back whole, [B, T, ...].
+
+    Of several tiles those without a True in `live_BT` are not run: there the arrays are 0, and the carry is as it was.
+    """
     full, rest = divmod(length, tile)
+
+    def one(carry, start, size):
+        run = lambda carry: function(carry, _window(inputs, start, size))
+        if live_BT is None or tile >= length:
+            return run(carry)
+        nothing = lambda carry: (carry, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(run, carry)[1]))
+        return jax.lax.cond(jnp.any(positions(live_BT, start, size)), run, nothing, carry)
+
     if full == 1:
-        carry, whole = function(carry, _window(inputs, 0, tile))
+        carry, whole = one(carry, 0, tile)
     else:
-        carry, pieces = jax.lax.scan(lambda c, i: function(c, _window(inputs, i * tile, tile)), carry, jnp.arange(full))
+        carry, pieces = jax.lax.scan(lambda c, i: one(c, i * tile, tile), carry, jnp.arange(full))
         whole = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], full * tile, *x.shape[3:]), pieces)
     if rest:
-        carry, last = function(carry, _window(inputs, full * tile, rest))
+        carry, last = one(carry, full * tile, rest)
         whole = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), whole, last)
     return carry, whole
 

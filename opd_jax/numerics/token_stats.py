@@ -78,12 +78,14 @@ def token_stats(
     signal: Signal,
     needs: Collection[str],
     extra_tokens_BTN: jax.Array | None = None,
+    mask_BT: jax.Array | None = None,
     tile: int | None = None,
     tile_columns: int | None = None,
 ) -> Stats:
     """Statistics of completion tokens [B, T], and of N extra tokens at each position, under the student's law and the target's.
 
-    `needs` names what is wanted, from STATISTICS, and nothing else is computed. `tile` is the number of positions made at once, whole
+    `needs` names what is wanted, from STATISTICS, and nothing else is computed. Where `mask_BT` is False nobody may look: tiles without a
+    True, such as those behind the longest completion, are not made, and have zeros. `tile` is the number of positions made at once, whole
     vocabularies or `tile_columns` of them (both None: see heads.tiling). Heads may differ in width and in padded vocabulary rows; rows
     beyond the smaller vocabulary have no mass.
     `target` may be None when neither the signal nor `needs` compares with one. Arithmetic is float32, or float64 for float64 heads.
@@ -104,7 +106,7 @@ def token_stats(
     if tile or tile_columns:
         tiling = Tiling(min(tile or tokens_BT.shape[1], tokens_BT.shape[1]), tile_columns)
     tokens = (tokens_BT, extra_tokens_BTN)
-    values = _statistics(student, target, tokens, signal, wanted, tiling)
+    values = _statistics(student, target, tokens, mask_BT, signal, wanted, tiling)
     named = zip(wanted, values, strict=True)
     return Stats(**{_FIELDS[name]: value if name in _DIFFERENTIABLE else jax.lax.stop_gradient(value) for name, value in named})
 
@@ -188,12 +190,12 @@ def _tile_logit_gradient(student, target, tokens, cotangents: dict[str, jax.Arra
 # ---- all tiles
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _statistics(student, target, tokens, signal: Signal, wanted: tuple[str, ...], tiling: Tiling) -> list[jax.Array]:
-    return _values_and_found(student, target, tokens, signal, wanted, tiling)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _statistics(student, target, tokens, mask_BT, signal: Signal, wanted: tuple[str, ...], tiling: Tiling) -> list[jax.Array]:
+    return _values_and_found(student, target, tokens, mask_BT, signal, wanted, tiling)[0]
 
 
-def _values_and_found(student, target, tokens, signal, wanted, tiling):
+def _values_and_found(student, target, tokens, mask_BT, signal, wanted, tiling):
     """(the statistics, what the backward pass needs beside the inputs)."""
 
     def one(_, inputs):
@@ -201,33 +203,33 @@ def _values_and_found(student, target, tokens, signal, wanted, tiling):
             return None, (_tile_values(*inputs, signal, wanted), None)
         return None, vocabulary.statistics(*inputs, signal, wanted, tiling.columns)
 
-    return heads.over_tiles(one, None, (student, target, tokens), tokens[0].shape[1], tiling.positions)[1]
+    return heads.over_tiles(one, None, (student, target, tokens), tokens[0].shape[1], tiling.positions, mask_BT)[1]
 
 
-def _statistics_forward(student, target, tokens, signal, wanted, tiling):
-    inputs = jax.tree.map(lambda x: x.value, (student, target, tokens), is_leaf=lambda x: isinstance(x, CustomVJPPrimal))
+def _statistics_forward(student, target, tokens, mask_BT, signal, wanted, tiling):
+    inputs = jax.tree.map(lambda x: x.value, (student, target, tokens, mask_BT), is_leaf=lambda x: isinstance(x, CustomVJPPrimal))
     values, found = _values_and_found(*inputs, signal, wanted, tiling)
     return values, (*inputs, found)
 
 
 def _statistics_backward(signal, wanted, tiling, residuals, cotangents):
-    student, target, tokens, found = residuals
+    student, target, tokens, mask_BT, found = residuals
     # Zeros that jax knows of, such as those of a statistic that only metrics read, cost no work over the vocabulary.
     used = {n: c for n, c in zip(wanted, cotangents, strict=True) if n in _DIFFERENTIABLE and not isinstance(c, SymbolicZero)}
     if isinstance(student, DenseHead):
-        return _dense_gradient(student, target, tokens, used, signal, tiling), None, None
-    return _head_gradient(student, target, tokens, used, found, signal, tiling), None, None
+        return _dense_gradient(student, target, tokens, mask_BT, used, signal, tiling), None, None, None
+    return _head_gradient(student, target, tokens, mask_BT, used, found, signal, tiling), None, None, None
 
 
-def _dense_gradient(student: DenseHead, target, tokens, cotangents, signal: Signal, tiling: Tiling) -> DenseHead:
+def _dense_gradient(student: DenseHead, target, tokens, mask_BT, cotangents, signal: Signal, tiling: Tiling) -> DenseHead:
     def one(_, inputs):
         return None, _tile_logit_gradient(*inputs, signal).astype(student.logits_BTV.dtype)
 
     inputs = (student, target, tokens, cotangents)
-    return DenseHead(heads.over_tiles(one, None, inputs, tokens[0].shape[1], tiling.positions)[1], None)
+    return DenseHead(heads.over_tiles(one, None, inputs, tokens[0].shape[1], tiling.positions, mask_BT)[1], None)
 
 
-def _head_gradient(student: Head, target, tokens, cotangents, found, signal: Signal, tiling: Tiling) -> Head:
+def _head_gradient(student: Head, target, tokens, mask_BT, cotangents, found, signal: Signal, tiling: Tiling) -> Head:
     """Gradients over hidden states and unembedding; the latter is summed over tiles in float32, where there are several."""
     length, dtype = tokens[0].shape[1], student.hidden_BTD.dtype
 
@@ -243,7 +245,8 @@ def _head_gradient(student: Head, target, tokens, cotangents, found, signal: Sig
 
     single = tiling.positions >= length and tiling.columns
     total_DV = jnp.zeros(student.unembed_DV.shape, student.unembed_DV.dtype if single else jnp.promote_types(dtype, jnp.float32))
-    total_DV, hidden_BTD = heads.over_tiles(one, total_DV, (student, target, tokens, cotangents, found), length, tiling.positions)
+    inputs = (student, target, tokens, cotangents, found)
+    total_DV, hidden_BTD = heads.over_tiles(one, total_DV, inputs, length, tiling.positions, mask_BT)
     return Head(hidden_BTD, total_DV.astype(student.unembed_DV.dtype), student.softcap, None)
 
 
