@@ -95,8 +95,8 @@ def _open_others(config: Config, student: LoadedModel, mesh: Mesh, resumed_from:
 
 def _open_other(config: Config, path: str, student: LoadedModel, mesh: Mesh, resumed_from: pathlib.Path | None) -> LoadedModel:
     """A teacher or the reference. One that is the base of the student's adapter shares its arrays."""
-    adapted = student.lora is not None
-    if adapted and path in (config.student.path, teachers.STUDENT_INIT):
+    shares = student.lora is not None and mesh != parallel.teacher_mesh(config.mesh)  # arrays lie on the student's devices
+    if shares and path in (config.student.path, teachers.STUDENT_INIT):
         return dataclasses.replace(student, lora=None)
     dtype = jnp.dtype(config.model.compute_dtype)
     if path != teachers.STUDENT_INIT:

@@ -182,11 +182,12 @@ def within_loop(params, variable):
 def over_rows(function: Callable, x_B: jax.Array, weights):
     """`function(x_B, weights)`, where each device reads the rows that it holds alone; `x_B` and the result have the batch as first axis.
 
-    For functions that treat rows alike but mix them, such as sorting tokens. Without a mesh just the function.
+    For functions that treat rows alike but mix them, such as sorting tokens. Without a mesh, or axes for rows, just the function.
     """
-    if not spread():
-        return function(x_B, weights)
     mesh = jax.sharding.get_abstract_mesh()
+    axes = set(_mesh_axes(mesh, "batch", RULES))
+    if not (spread() and axes):
+        return function(x_B, weights)
     rows = PartitionSpec(partition_spec(mesh, ("batch",) + (None,) * (x_B.ndim - 1), x_B.shape)[0])
     over = rows[0] or ()  # nothing, where the axes cannot share the rows
 
@@ -194,7 +195,7 @@ def over_rows(function: Callable, x_B: jax.Array, weights):
         # Said here, so that gradients over weights are summed over devices whatever rule makes those of the products.
         return function(x_B, jax.lax.pcast(weights, over, to="varying"))
 
-    return jax.shard_map(read, in_specs=(rows, PartitionSpec()), out_specs=rows, axis_names=set(RULES.batch))(x_B, weights)
+    return jax.shard_map(read, in_specs=(rows, PartitionSpec()), out_specs=rows, axis_names=axes)(x_B, weights)
 
 
 def over_rows_and_heads(function: Callable, heads: list, x_BL: jax.Array) -> jax.Array:

@@ -62,15 +62,14 @@ def sample_tokens(
     pad_id: int,
 ) -> Rollout:
     """As sampler.sample_tokens, in `slots` rows at once, fewer than there are prompts."""
-    rows = len(prompts.id_B)
+    rows, mask_NS = len(prompts.id_B), jnp.asarray(prompts.mask_BS).astype(bool)
     uniform_NT = _uniforms(key, prompts.id_B, max_new_tokens)
     read = []
     for start in range(0, rows, slots):
         at = jnp.minimum(jnp.arange(start, start + slots), rows - 1)  # the last ones are filled up, so that nothing recompiles
-        tokens_BS, mask_BS = (jnp.asarray(x)[at] for x in (prompts.tokens_BS, prompts.mask_BS))
-        read.append(_read(params, tokens_BS, mask_BS, uniform_NT[at, 0], config=config, law=law))
+        read.append(_read(params, jnp.asarray(prompts.tokens_BS)[at], mask_NS[at], uniform_NT[at, 0], config=config, law=law))
     static = {"config": config, "law": law, "slots": slots, "stop_ids": stop_ids, "pad_id": pad_id}
-    tokens, mask, logp, behaviour, stopped_N = _run(params, tuple(read), jnp.asarray(prompts.mask_BS), uniform_NT, **static)
+    tokens, mask, logp, behaviour, stopped_N = _run(params, tuple(read), mask_NS, uniform_NT, **static)
     return Rollout(tokens, mask, logp, behaviour, jnp.asarray(prompts.id_B), stopped_N)
 
 

@@ -281,6 +281,16 @@ def test_a_teacher_that_is_the_base_is_no_second_copy(folders, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_teacher_that_is_the_base_may_have_devices_of_its_own(folders, tmp_path):
+    c = lora_config(folders, **{"teacher.path": str(folders / "student"), "mesh.teacher": 4, "mesh.data": 4})
+    pair = open_pair(config_lib.parse(c), None, parallel.from_settings(config_lib.parse(c).mesh))
+    devices = [{device for leaf in jax.tree.leaves(model.params) for device in leaf.devices()} for model in (pair.student, pair.teacher)]
+    assert devices == [set(jax.devices()[:4]), set(jax.devices()[4:])]
+    c.steps = 1
+    assert abs(next(train.run(c, tmp_path / "run"))["train/loss"]) < 1e-6
+
+
+@pytest.mark.slow
 def test_a_frozen_base_lies_in_the_compute_type(folders):
     c = lora_config(folders, **{"model.compute_dtype": "bfloat16"})
     pair = open_pair(config_lib.parse(c), None, parallel.make_mesh())

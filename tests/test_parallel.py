@@ -92,6 +92,9 @@ def test_over_rows_gives_each_device_its_own_rows():
     with jax.set_mesh(parallel.make_mesh(2, 2, 2)):
         found = jax.jit(lambda x: parallel.over_rows(sort, x, weights))(x)
     np.testing.assert_array_equal(found, (2 * x).reshape(4, 2, 2)[:, ::-1].reshape(8, 2))
+    for axis, here in (("data", 2 * x), ("tensor", (2 * x)[::-1])):  # a mesh of the user's, which lacks axes
+        with jax.set_mesh(jax.make_mesh((8,), (axis,), axis_types=(jax.sharding.AxisType.Auto,))):
+            np.testing.assert_array_equal(jax.jit(lambda x: parallel.over_rows(sort, x, weights))(x), here)
 
 
 def test_constrain_is_the_identity_without_a_mesh_and_keeps_values_on_one():

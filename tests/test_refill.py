@@ -38,6 +38,8 @@ def test_slots_change_no_completion(slots):
     lengths = np.asarray(plain.mask_BT).sum(1)
     assert lengths.min() == 1 and lengths.max() == LENGTH and lengths.sum() > 64
     same(rollout.sample(params, config, prompts, **ASKED, slots=slots), plain)
+    if slots == 4:  # a mask of 0 and 1 is one, too
+        same(rollout.sample(params, config, prompts.replace(mask_BS=prompts.mask_BS.astype(np.int32)), **ASKED, slots=slots), plain)
 
 
 def test_slots_change_no_completion_of_a_model_with_windows():
