@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from opd_jax import learner, outlines, parallel, teachers
+from opd_jax import learner, outlines, parallel, refill, teachers
 from opd_jax.config import Config
 from opd_jax.models.config import ModelConfig
 from opd_jax.numerics import heads
@@ -69,7 +69,8 @@ def abstract_mesh(data: int, fsdp: int, tensor: int, sequence: int = 1) -> Abstr
 def plan(config: Config, mesh: Mesh | AbstractMesh, models: Outlines | None = None) -> Plan:
     """The plan of a config's runs on a mesh. Raises UserError for a model whose shape is not known before it is loaded."""
     models = models or outlines.of_config(config)
-    parts = [*_state(config, mesh, models), *_writing(config, mesh, models), *_learning(config, mesh, models)]
+    with parallel.strict(config.mesh.strict):  # refuses what the run would refuse
+        parts = [*_state(config, mesh, models), *_writing(config, mesh, models), *_learning(config, mesh, models)]
     return Plan(tuple(part for part in parts if part.bytes), mesh.size)
 
 
@@ -97,16 +98,36 @@ def _writing(config: Config, mesh, models: Outlines) -> list[Part]:
     """While completions are sampled: the caches of who writes, and the logits of a token."""
     source, first = config.rollout.source, next(iter(models.members.values()), None)
     writers = {"teacher": (first,), "dagger": (models.student, first), "corrected": (models.student, first), "dataset": (), "cache": ()}
-    rows = max(config.rollout.batch_size, config.eval.batch_size if config.eval.prompts else 0)
+    rows = max(config.rollout.batch_size, _evaluated(config))
     parts = []
     for model in writers.get(source, (models.student,)):
-        shape = (rows, model.num_kv_heads, _prompt(config, model) + config.rollout.max_new_tokens, model.head_dim)
-        slots = jax.ShapeDtypeStruct(shape, model.compute_dtype, sharding=parallel.sharding(mesh, ("batch", "kv_heads", None, None), shape))
         logits = 3 * FLOAT32 * _tokens(mesh, rows, 1) * _split(mesh, model.vocab_size)  # as they are, their law, and its sum
-        parts.append(Part("cache", 2 * model.num_layers * _bytes(slots), True, WRITING))
+        parts.append(Part("cache", _cache_bytes(config, model, mesh), True, WRITING))
         parts.append(Part("logits of a token", logits, False, WRITING))
         parts.append(Part("reading the prompts", _layer_bytes(model, mesh, rows, _prompt(config, model)), False, WRITING))
     return parts
+
+
+def _evaluated(config: Config) -> int:
+    """Rollouts that an evaluation writes at once."""
+    return config.eval.batch_size if config.eval.prompts else 0
+
+
+def _cache_bytes(config: Config, model: ModelConfig, mesh) -> int:
+    """Of the caches of one who writes, on one device; an evaluation writes all its rollouts at once, whatever `rollout.slots` is."""
+
+    def holds(rows: int, length: int) -> int:
+        shape = (rows, model.num_kv_heads, length, model.head_dim)
+        slots = jax.ShapeDtypeStruct(shape, model.compute_dtype, sharding=parallel.sharding(mesh, ("batch", "kv_heads", None, None), shape))
+        return 2 * model.num_layers * _bytes(slots)
+
+    settings, prompt = config.rollout, _prompt(config, model)
+    rows, slots, whole = settings.batch_size, settings.slots, prompt + settings.max_new_tokens
+    if not (0 < slots < rows and mesh.size == 1 and settings.max_turns == 1 and settings.source in ("student", "teacher", "mix")):
+        return holds(max(rows, _evaluated(config)), whole)
+    read = holds(-(-rows // slots) * slots, prompt) + holds(rows, prompt)  # all prompts are read first, in groups, and then put together
+    written = read + holds(slots, refill.cache_length(prompt, settings.max_new_tokens))
+    return max(written, holds(_evaluated(config), whole))
 
 
 def _learning(config: Config, mesh, models: Outlines) -> list[Part]:
@@ -252,7 +273,7 @@ def size(count: int) -> str:
 
 def table(made: Plan) -> str:
     """A plan as lines: bytes on one device."""
-    lines = [f"{'bytes on each of ' + str(made.devices) + ' devices':36}{'while':>10}{'':>14}"]
+    lines = [f"{f'bytes on each of {made.devices} devices' if made.devices > 1 else 'bytes on one device':36}{'while':>10}{'':>14}"]
     for part in made.parts:
         lines.append(f"{part.name:36}{part.when:>10}{size(part.bytes):>14}  {'counted' if part.exact else 'estimated'}")
     lines.append(f"{'at the peak':36}{'':>10}{size(made.peak):>14}  of which {size(made.least)} counted")

@@ -100,6 +100,8 @@ def _outline(path: str, recipe: str) -> ModelConfig:
         return _outline(peft.read_config(folder)[1], "")
     if os.path.isdir(folder):
         return hf.read_config(folder)
+    if folder.is_absolute() or path.startswith((".", "~")):
+        raise UserError(f"model {path!r}: is not a folder; correct the path")
     name = re.sub(r"-(instruct|base|chat|hf|it)$", "", path.rpartition("/")[2].lower())
     if name not in published.NAMES:
         raise UserError(

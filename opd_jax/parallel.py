@@ -101,6 +101,11 @@ def _mesh_axes(mesh: Mesh, name: str | None, rules: Rules) -> tuple[str, ...]:
     return tuple(axis for axis in axes if axis in mesh.shape)
 
 
+def _fields(axes: tuple[str, ...]) -> str:
+    """The config fields of mesh axes, as a product."""
+    return " * ".join(f"mesh.{axis}" for axis in axes)
+
+
 _strict = contextvars.ContextVar("strict", default=False)
 
 
@@ -126,10 +131,9 @@ def _check_divided(mesh: Mesh, name: str, logical_axes: tuple[str | None, ...], 
         along = _mesh_axes(mesh, axis, RULES)
         ways = math.prod(mesh.shape[one] for one in along)
         if size % ways:
-            fields = " * ".join(f"mesh.{one}" for one in along)
             raise UserError(
-                f"config field {fields} = {ways} does not divide dimension {place} ({axis}) of parameter {name}, which is {size}; give a "
-                "divisor of it, or mesh.strict = False, which replicates it"
+                f"config field {_fields(along)} = {ways} does not divide dimension {place} ({axis}) of parameter {name}, which is {size}; "
+                "give a divisor of it, or mesh.strict = False, which replicates it"
             )
 
 
@@ -145,9 +149,7 @@ _reported: set[tuple] = set()
 def _report_replicated(name: str, size: int, axes: tuple[str, ...], ways: int) -> None:
     if (name, size, axes, ways) not in _reported:
         _reported.add((name, size, axes, ways))
-        logging.getLogger(__name__).warning(
-            "axis %r of size %d is replicated: mesh axes %s do not divide it (%d ways)", name, size, axes, ways
-        )
+        logging.getLogger(__name__).warning("axis %r of size %d is replicated: %s = %d does not divide it", name, size, _fields(axes), ways)
 
 
 def sharding(mesh: Mesh, logical_axes: tuple[str | None, ...], shape: tuple[int, ...], rules: Rules = RULES) -> NamedSharding:

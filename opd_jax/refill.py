@@ -73,6 +73,11 @@ def sample_tokens(
     return Rollout(tokens, mask, logp, behaviour, jnp.asarray(prompts.id_B), stopped_N)
 
 
+def cache_length(prompt: int, max_new_tokens: int) -> int:
+    """Places in the cache of each row: those of a rollout, and half a completion more before what stands in it has to move."""
+    return sampler.bucket(prompt + max_new_tokens - 1 + max_new_tokens // 2)
+
+
 @functools.partial(jax.jit, static_argnames="length")
 def _uniforms(key: jax.Array, id_N: jax.Array, length: int) -> jax.Array:
     return jax.vmap(sampler.uniforms, in_axes=(None, None, 0), out_axes=1)(key, id_N, jnp.arange(length))
@@ -104,7 +109,7 @@ def _run(
     order_N, waiting = jnp.argsort(~goes_on_N, stable=True), goes_on_N.sum(dtype=jnp.int32)
     queue = _Queue(order_N, waiting, read.first[0], mask_NS, uniform_NT, read.keys_BKSH, read.values_BKSH)
     longest = prompt + length - 1  # slots of a rollout; its last token is not read
-    size = sampler.bucket(longest + length // 2)
+    size = cache_length(prompt, length)
 
     def step(state: _Slots) -> _Slots:
         logits_BV, cache = transformer.decode_step(params, config, state.token_B, state.cache)

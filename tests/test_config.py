@@ -46,7 +46,8 @@ def test_defaults_round_trip():
         ({"learner__microbatches": 5}, "config field learner.microbatches = 5 must divide rollout.batch_size = 64"),
         (
             {"mesh__data": 3},
-            "config field rollout.batch_size = 64 / learner.microbatches = 64 must be divisible by mesh.data * mesh.fsdp = 3",
+            "config field rollout.batch_size = 64 makes learner.microbatches = 1 of 64 rollouts each, which mesh.data * mesh.fsdp = 3 "
+            "does not divide; change one of them",
         ),
         ({"rollout__top_p": 0.0}, "config field rollout.top_p = 0.0 must be above 0 and at most 1"),
         ({"rollout__temperature": -1.0}, "config field rollout.temperature = -1.0 must be 0 (greedy) or at least 0.0001"),

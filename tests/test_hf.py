@@ -496,6 +496,16 @@ def test_fields_that_say_nothing_are_accepted_and_change_nothing(change):
     assert dataclasses.replace(changed, source=same.source) == same
 
 
+def test_what_the_makers_of_smollm2_left_in_its_config_is_accepted_and_written_back():
+    notes = {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}}}
+    plain = hf_oracle.fields_of("llama")
+    loaded, same = (model_config.from_hf(fields, where="config.json") for fields in (plain | notes, plain))
+    assert dataclasses.replace(loaded, source=same.source) == same
+    assert notes.items() <= model_config.to_hf(loaded).items()
+    with pytest.raises(UserError, match="rope_interleaved = True: is not a field of llama"):
+        model_config.from_hf(plain | {"rope_interleaved": True}, where="config.json")
+
+
 # ---- real models
 
 PUBLISHED = {

@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from opd_jax import aot, memory_plan, outlines, parallel, train
+from opd_jax import aot, memory_plan, outlines, parallel, refill, sampler, train
 from opd_jax import config as config_lib
 from opd_jax.memory_plan import ALWAYS, LEARNING, WRITING, Part, Plan
 from opd_jax.metrics import Progress
+from opd_jax.models import cache as cache_lib
 from opd_jax.models import published, spec, transformer
-from opd_jax.types import UserError
+from opd_jax.types import Prompts, UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -106,6 +107,27 @@ def test_the_cache_is_the_size_of_the_compiled_one(shape):
     assert found.output_size_in_bytes == pytest.approx(planned, rel=0.05)
 
 
+def test_with_slots_the_caches_are_those_of_the_programs_that_fill_them(monkeypatch):
+    """As given to the program, and made in it, not compiled: all prompts in groups, put together, and the rows that are written at once."""
+    c = config_lib.parse(base_config(rollout__slots=3, rollout__max_new_tokens=40, eval__prompts=0))
+    mesh, models = parallel.make_mesh(1, 1, 1), outlines.of_config(c)
+    planned = lambda c: sum(part.bytes for part in memory_plan.plan(c, mesh, models).parts if part.name == "cache")
+    sizes, kept = [], cache_lib.grown
+    monkeypatch.setattr(cache_lib, "grown", lambda *cache: sizes.append(kept(*cache)) or sizes[-1])
+    prompts = Prompts(jnp.zeros((8, 8), jnp.int32), jnp.ones((8, 8), bool), jnp.arange(8))
+    law = {"key": jax.random.key(0), "max_new_tokens": 40, "law": sampler.Law(), "stop_ids": (), "pad_id": 0}
+    jax.eval_shape(lambda params: refill.sample_tokens(params, models.student, prompts, slots=3, **law), models.trained())
+    keys_BKLH = sizes[-1].keys_BKLH[0]
+    per_place = 2 * 2 * keys_BKLH.nbytes // keys_BKLH.shape[0] // keys_BKLH.shape[2]  # keys and values of two layers
+    assert planned(c) == per_place * (9 * 8 + 8 * 8 + 3 * keys_BKLH.shape[2])
+    everything = per_place * 8 * 48
+    evaluated = dataclasses.replace(c, eval=dataclasses.replace(c.eval, prompts=8))
+    assert planned(evaluated) == max(everything, planned(c))  # an evaluation has no slots
+    for changes in ({"source": "corrected"}, {"max_turns": 2}, {"slots": 8}, {"slots": 0}):
+        changed = dataclasses.replace(c, rollout=dataclasses.replace(c.rollout, **changes))
+        assert planned(changed) >= everything
+
+
 def test_the_sampling_program_compiles_on_a_mesh_and_is_given_the_student():
     c = config_lib.parse(base_config(mesh__fsdp=4, mesh__tensor=2))
     mesh, models = parallel.make_mesh(1, 4, 2), outlines.of_config(c)
@@ -157,6 +179,8 @@ def test_shapes_come_from_folders_names_hub_ids_recipes_and_the_config(tmp_path)
     assert shape_of().hidden_size == 128
     with pytest.raises(UserError, match="model 'nobody/nothing': its shape is not known before it is loaded; give a folder"):
         shape_of(student__path="nobody/nothing")
+    with pytest.raises(UserError, match="model '/nothing/here': is not a folder; correct the path"):
+        shape_of(student__path="/nothing/here")
 
 
 def test_teachers_of_one_path_are_held_once(tmp_path):
@@ -222,6 +246,15 @@ def test_the_command_plans_a_pair_that_this_machine_could_not_hold():
     assert refused.returncode == 2 and refused.stderr.startswith(
         "error: --devices=8: mesh.data * mesh.fsdp * mesh.sequence * mesh.tensor = 1 * 16 * 1 * 1 = 16"
     )
+
+
+def test_a_plan_refuses_what_a_strict_mesh_would_refuse():
+    """The four key/value heads of the shape do not lie on eight devices: copied, or refused before anything is loaded."""
+    c = base_config(teacher__path="", mesh__tensor=8, mesh__strict=True, signal__divergence="nll", rollout__source="dataset")
+    with pytest.raises(UserError, match=r"mesh.tensor = 8 does not divide dimension \d \(\w+\) of parameter "):
+        memory_plan.plan(config_lib.parse(c), memory_plan.abstract_mesh(1, 1, 8))
+    c.mesh.strict = False
+    assert memory_plan.plan(config_lib.parse(c), memory_plan.abstract_mesh(1, 1, 8)).devices == 8
 
 
 def test_a_teacher_on_its_own_devices_is_not_planned():

@@ -125,7 +125,8 @@ def validate(config: Config) -> None:
         micro % ways == 0,
         "rollout.batch_size",
         batch,
-        f"/ learner.microbatches = {micro} must be divisible by mesh.data * mesh.fsdp = {ways}",
+        f"makes learner.microbatches = {learner.microbatches} of {micro} rollouts each, which mesh.data * mesh.fsdp = {ways} does not "
+        "divide; change one of them",
     )
     evaluated = config.eval.batch_size
     _require(evaluated % ways == 0, "eval.batch_size", evaluated, f"must be divisible by mesh.data * mesh.fsdp = {ways}")

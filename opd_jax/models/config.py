@@ -78,7 +78,7 @@ _IGNORED = names(
     min_length max_new_tokens repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size diversity_penalty
     early_stopping bad_words_ids begin_suppress_tokens suppress_tokens forced_bos_token_id forced_eos_token_id remove_invalid_values
     exponential_decay_length_penalty epsilon_cutoff eta_cutoff cache_implementation output_router_logits router_aux_loss_coef
-    _sliding_window_pattern
+    _sliding_window_pattern is_llama_config transformers.js_config
     """
 )
 # Fields of the weights file, decided anew when one is written.
