@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from opd_jax import config as config_lib
-from opd_jax import learner, objective, parallel, sampler, teachers
+from opd_jax import learner, objective, parallel, refill, rollout, sampler, teachers
 from opd_jax.config import Config
 from opd_jax.models import lora
 from opd_jax.numerics.estimators import Context
@@ -40,11 +40,14 @@ def sampling(config: Config, models: Outlines, mesh: Mesh) -> jax.stages.Compile
     rows, width = config.rollout.batch_size, prompt_width(config, models)
     prompts = Prompts(np.zeros((rows, width), np.int32), np.ones((rows, width), bool), np.arange(rows, dtype=np.uint32))
     law = sampler.Law(config.rollout.temperature, config.rollout.top_p, config.rollout.top_k, config.rollout.min_p)
+    slots = rollout.slots_of(config.rollout, mesh)
     key = jax.device_put(jax.random.key(0), NamedSharding(mesh, PartitionSpec()))
     settings = {"max_new_tokens": config.rollout.max_new_tokens, "law": law, "stop_ids": models.student.eos_token_ids, "pad_id": 0}
 
     def run(params, base, prompts, key):
         params = lora.attach(base, params, models.adapter) if models.adapter else params
+        if slots:
+            return refill.sample_tokens(params, models.student, prompts, slots=slots, key=key, **settings)
         return sampler.sample_tokens(params, models.student, prompts, key=key, **settings)
 
     with jax.set_mesh(mesh):

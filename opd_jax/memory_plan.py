@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from opd_jax import learner, outlines, parallel, refill, teachers
+from opd_jax import learner, outlines, parallel, refill, rollout, sampler, teachers
 from opd_jax.config import Config
+from opd_jax.data.pipeline import BUCKET
 from opd_jax.models.config import ModelConfig
 from opd_jax.numerics import heads
 from opd_jax.outlines import Outlines
@@ -95,39 +96,56 @@ def _called(name: str) -> str:
 
 
 def _writing(config: Config, mesh, models: Outlines) -> list[Part]:
-    """While completions are sampled: the caches of who writes, and the logits of a token."""
-    source, first = config.rollout.source, next(iter(models.members.values()), None)
-    writers = {"teacher": (first,), "dagger": (models.student, first), "corrected": (models.student, first), "dataset": (), "cache": ()}
-    rows = max(config.rollout.batch_size, _evaluated(config))
+    """While completions are sampled, those of updates or of evaluations, by student or teacher: of whoever needs the most."""
+    student, members = models.student, list(models.members.values())
+    two = [student, *members[:1]]
+    sources = {"teacher": members[:1], "dagger": two, "corrected": two, "dataset": [], "cache": []}
+    phases = [_sampling(config, mesh, sources.get(config.rollout.source, [student]), config.rollout.batch_size)]
+    slots = rollout.slots_of(config.rollout, mesh)
+    if slots:
+        phases = [_refilling(config, mesh, model, slots) for model in sources.get(config.rollout.source, [student])]
+    if config.eval.prompts:
+        asked = members if config.teacher.combine == "route" else members[:1]
+        phases += [_sampling(config, mesh, [model], config.eval.batch_size) for model in (student, *asked)]
+    return max(phases, key=lambda parts: sum(part.bytes for part in parts))
+
+
+def _sampling(config: Config, mesh, writers: list[ModelConfig], rows: int) -> list[Part]:
+    """The caches of who writes together, and the logits of a token."""
+    stages = sampler.make_stages([_width_read(config, model) for model in writers], config.rollout.max_new_tokens) if writers else ()
     parts = []
-    for model in writers.get(source, (models.student,)):
-        logits = 3 * FLOAT32 * _tokens(mesh, rows, 1) * _split(mesh, model.vocab_size)  # as they are, their law, and its sum
-        parts.append(Part("cache", _cache_bytes(config, model, mesh), True, WRITING))
-        parts.append(Part("logits of a token", logits, False, WRITING))
-        parts.append(Part("reading the prompts", _layer_bytes(model, mesh, rows, _prompt(config, model)), False, WRITING))
+    for number, model in enumerate(writers):
+        *_, before, last = [0, *(_cache_bytes(model, mesh, rows, stage.lengths[number]) for stage in stages)]
+        parts.append(Part("cache", last, True, WRITING))
+        parts.append(Part("cache from which it grows", before, False, WRITING))
+        parts += _reading(config, mesh, model, rows)
     return parts
 
 
-def _evaluated(config: Config) -> int:
-    """Rollouts that an evaluation writes at once."""
-    return config.eval.batch_size if config.eval.prompts else 0
+def _refilling(config: Config, mesh, model: ModelConfig, slots: int) -> list[Part]:
+    """The same of a model that writes in few rows, while the prompts that have been read wait for one."""
+    width, new, rows = _width_read(config, model), config.rollout.max_new_tokens, config.rollout.batch_size
+    groups = -(-rows // slots) * slots  # in which the prompts are read, to be put together
+    return [
+        Part("cache", _cache_bytes(model, mesh, slots, refill.cache_length(width, new)), True, WRITING),
+        Part("prompts as they are read", _cache_bytes(model, mesh, groups, width), True, WRITING),
+        Part("prompts that wait", _cache_bytes(model, mesh, rows, width), True, WRITING),
+        *_reading(config, mesh, model, slots),
+    ]
 
 
-def _cache_bytes(config: Config, model: ModelConfig, mesh) -> int:
-    """Of the caches of one who writes, on one device; an evaluation writes all its rollouts at once, whatever `rollout.slots` is."""
+def _cache_bytes(model: ModelConfig, mesh, rows: int, length: int) -> int:
+    """Of the keys and values of all layers."""
+    shape = (rows, model.num_kv_heads, length, model.head_dim)
+    slots = jax.ShapeDtypeStruct(shape, model.compute_dtype, sharding=parallel.sharding(mesh, ("batch", "kv_heads", None, None), shape))
+    return 2 * model.num_layers * _bytes(slots)
 
-    def holds(rows: int, length: int) -> int:
-        shape = (rows, model.num_kv_heads, length, model.head_dim)
-        slots = jax.ShapeDtypeStruct(shape, model.compute_dtype, sharding=parallel.sharding(mesh, ("batch", "kv_heads", None, None), shape))
-        return 2 * model.num_layers * _bytes(slots)
 
-    settings, prompt = config.rollout, _prompt(config, model)
-    rows, slots, whole = settings.batch_size, settings.slots, prompt + settings.max_new_tokens
-    if not (0 < slots < rows and mesh.size == 1 and settings.max_turns == 1 and settings.source in ("student", "teacher", "mix")):
-        return holds(max(rows, _evaluated(config)), whole)
-    read = holds(-(-rows // slots) * slots, prompt) + holds(rows, prompt)  # all prompts are read first, in groups, and then put together
-    written = read + holds(slots, refill.cache_length(prompt, settings.max_new_tokens))
-    return max(written, holds(_evaluated(config), whole))
+def _reading(config: Config, mesh, model: ModelConfig, rows: int) -> list[Part]:
+    """Of so many rows, what reads prompts and then tokens one by one."""
+    logits = 3 * FLOAT32 * _tokens(mesh, rows, 1) * _split(mesh, model.vocab_size)  # as they are, their law, and its sum
+    prompts = _layer_bytes(model, mesh, rows, _prompt(config, model))
+    return [Part("logits of a token", logits, False, WRITING), Part("reading the prompts", prompts, False, WRITING)]
 
 
 def _learning(config: Config, mesh, models: Outlines) -> list[Part]:
@@ -165,6 +183,11 @@ def _bytes(tree) -> int:
 def _prompt(config: Config, model: ModelConfig) -> int:
     """Tokens of the longest prompt."""
     return min(config.rollout.max_prompt_length, model.max_position_embeddings - config.rollout.max_new_tokens)
+
+
+def _width_read(config: Config, model: ModelConfig) -> int:
+    """Places that a batch with the longest prompt has for it."""
+    return -(-_prompt(config, model) // BUCKET) * BUCKET
 
 
 def _tokens(mesh, rows: int, length: int) -> int:
@@ -255,7 +278,8 @@ def judge(made: Plan, mesh: str, *, device: int | None, host: int | None, sharin
 
     Bytes of a device and of the host, None where they are not known. Raises UserError.
     """
-    remedy = "raise mesh.fsdp or learner.microbatches, set model.remat or model.compute_dtype=bfloat16, or give smaller models"
+    remedy = "raise mesh.fsdp or learner.microbatches, lower eval.batch_size, set model.remat or model.compute_dtype=bfloat16, or give "
+    remedy += "smaller models"
     if device is not None and made.least > device:
         raise UserError(f"config field {mesh}: a device has {size(device)}, and needs {size(made.least)} at the least; {remedy}")
     for have, needed in ((device, made.peak), (host, made.peak * sharing)):

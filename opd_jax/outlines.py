@@ -16,7 +16,7 @@ from opd_jax.models import config as model_config_lib
 from opd_jax.models import hf, lora, peft, published, spec, transformer
 from opd_jax.models.config import ModelConfig
 from opd_jax.models.lora import LoraConfig
-from opd_jax.pair import adapter_config, random_outline
+from opd_jax.pair import adapter_config, check_context, fitted, random_outline
 from opd_jax.types import UserError
 
 
@@ -66,7 +66,7 @@ def of_config(config: Config) -> Outlines:
     student = dataclasses.replace(_student(config), compute_dtype=compute, remat=config.model.remat)
     adapter = adapter_config(config.student.lora)
     if adapter:
-        adapter = dataclasses.replace(adapter, modules=lora.present(transformer.param_specs(student), adapter))
+        adapter = fitted(adapter, student, config.student.lora.targets)
     sources = {name: (member.path, member.recipe) for name, member in teachers.asked(config).items()}
     if config_lib.needs_reference(config):
         sources[teachers.REFERENCE] = (config.reference.path, config.reference.recipe)
@@ -78,6 +78,7 @@ def of_config(config: Config) -> Outlines:
         if source not in seen and not (adapter and same):
             owned.append(name)
         seen.add(source)
+    check_context(config, [student, *others.values()])
     reference = others.pop(teachers.REFERENCE, None)
     return Outlines(student, adapter, others, reference, tuple(owned), compute)
 

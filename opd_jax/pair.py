@@ -79,7 +79,7 @@ def _open_student(config: Config, resumed_from: pathlib.Path | None, mesh: Mesh)
         return _random_student(config, mesh)
     dtype = jnp.dtype(config.model.compute_dtype) if adapter else jnp.float32  # what is not trained needs no more than it computes with
     student = model_io.open_model(config.student.path, mesh=mesh, dtype=dtype)
-    return dataclasses.replace(student, lora=adapter and _fitted(adapter, student, config.student.lora.targets))
+    return dataclasses.replace(student, lora=adapter and fitted(adapter, student.config, config.student.lora.targets))
 
 
 def _open_others(config: Config, student: LoadedModel, mesh: Mesh, resumed_from: pathlib.Path | None) -> dict[str, LoadedModel]:
@@ -118,9 +118,9 @@ def adapter_config(settings: config_lib.Lora) -> LoraConfig | None:
     return LoraConfig(settings.rank, settings.alpha, tuple(m for m in lora.MODULES if m in names))
 
 
-def _fitted(adapter: LoraConfig, student: LoadedModel, targets: str) -> LoraConfig:
+def fitted(adapter: LoraConfig, student: ModelConfig, targets: str) -> LoraConfig:
     """The adapter with the modules that the student has. Raises ConfigError for one that is named and not there."""
-    modules = lora.present(transformer.param_specs(student.config), adapter)
+    modules = lora.present(transformer.param_specs(student), adapter)
     missing = [name for name in adapter.modules if name not in modules]
     if missing and (targets != "all" or not modules):
         raise ConfigError(
@@ -173,6 +173,13 @@ def _random_student(config: Config, mesh: Mesh) -> LoadedModel:
     return LoadedModel(params, model_config, tokenizer)
 
 
+def check_context(config: Config, models: list[ModelConfig]) -> None:
+    """Refuses completions that leave no room for a prompt. Raises ConfigError."""
+    new, context = config.rollout.max_new_tokens, min(model.max_position_embeddings for model in models)
+    if new >= context:
+        raise ConfigError(f"config field rollout.max_new_tokens = {new} must be below the context of the models, {context} tokens")
+
+
 def _make_encoders(
     config: Config, student: LoadedModel, members: dict[str, LoadedModel], others: list[LoadedModel]
 ) -> tuple[Encoder, Encoder | None]:
@@ -190,11 +197,9 @@ def _make_encoders(
     if members and config.context.privileged.reads:
         theirs = theirs or own
     new, overlong = config.rollout.max_new_tokens, config.rollout.overlong
+    check_context(config, [model.config for model in (student, *others)])
     room = student.config.max_position_embeddings - new
     teacher_room = min((model.config.max_position_embeddings for model in others), default=math.inf) - new
-    if min(room, teacher_room) < 1:
-        context = min(room, teacher_room) + new
-        raise ConfigError(f"config field rollout.max_new_tokens = {new} must be below the context of the models, {context} tokens")
     if theirs is None:
         room = min(room, teacher_room)
     student_encoder = Encoder(own, min(config.rollout.max_prompt_length, room), overlong)

@@ -204,6 +204,12 @@ def teacher_share(settings: config_lib.Rollout, step: int) -> float:
     return settings.beta * settings.beta_decay ** (step // settings.round)
 
 
+def slots_of(settings: config_lib.Rollout, mesh: Mesh) -> int:
+    """Rows that a config's completions are written in, as others wait; 0: all at once. See `sample`."""
+    fits = settings.source in ("student", "teacher", "mix") and settings.max_turns == 1 and mesh.size == 1
+    return settings.slots if fits and settings.slots < settings.batch_size else 0
+
+
 def make_source(
     settings: config_lib.Rollout,
     *,

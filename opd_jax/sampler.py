@@ -239,7 +239,8 @@ def sample_mixture_tokens(
 
 def _sample(params: tuple, prompts: tuple[Prompts, ...], how: _How, key: jax.Array, beta: jax.Array | None, given: Given | None) -> Rollout:
     """Prompts are read by one program, tokens by others, which serve prompts of other widths too. The host waits for none of them."""
-    stages = _stages([read.tokens_BS.shape[1] for read in prompts], how)
+    widths, total = [read.tokens_BS.shape[1] for read in prompts], how.max_new_tokens
+    stages = make_stages(widths, total) if how.ours else (Stage(total, tuple(width + total for width in widths)),)
     draws, state = _begin(params, prompts, key, beta, given, how=how, lengths=stages[0].lengths)
     for stage in stages if how.max_new_tokens > 1 else ():
         state = state._replace(caches=_grown(state.caches, stage.lengths)) if stage is not stages[0] else state
@@ -248,7 +249,9 @@ def _sample(params: tuple, prompts: tuple[Prompts, ...], how: _How, key: jax.Arr
     return Rollout(*state.columns[:4], jnp.asarray(prompts[0].id_B), state.stopped_B, *state.columns[4:])
 
 
-class _Stage(NamedTuple):
+class Stage(NamedTuple):
+    """Tokens that are written with caches of one length."""
+
     end: int  # the position that is not written
     lengths: tuple[int, ...]  # slots of each model's cache
 
@@ -256,17 +259,15 @@ class _Stage(NamedTuple):
 _SHORT = 64  # slots; a cache that stays below has its whole length at once
 
 
-def _stages(widths: list[int], how: _How) -> tuple[_Stage, ...]:
-    """Attention reads every slot, full or not, so that a cache grows as it fills; few lengths make few programs."""
-    total = how.max_new_tokens
-    if not how.ours:
-        return (_Stage(total, tuple(width + total for width in widths)),)
-    width, slots = widths[0], total - 1  # the last token is not read
+def make_stages(widths: list[int], max_new_tokens: int) -> tuple[Stage, ...]:
+    """Of writers with prompts of these widths. Attention reads every slot, full or not, so that a cache grows as it fills; few lengths make
+    few programs."""
+    width, slots = widths[0], max_new_tokens - 1  # the last token is not read
     length, ends = max(bucket(width + 1), min(_SHORT, bucket(width + slots))), []
     while length < bucket(width + slots):
         ends.append(length - width)
         length = bucket(length + 1)
-    return tuple(_Stage(min(slots, end) + 1, tuple(bucket(width + end) for width in widths)) for end in (*ends, slots))
+    return tuple(Stage(min(slots, end) + 1, tuple(bucket(width + end) for width in widths)) for end in (*ends, slots))
 
 
 def bucket(slots: int) -> int:
