@@ -131,13 +131,22 @@ def _flag_message(error: Exception) -> str:
         said = f"{type(raised).__name__}: {raised}"
         return str(raised) if isinstance(raised, UserError) else f"--config: the file cannot be loaded ({said}); correct the file"
     if isinstance(error, UserError | flags.Error):
-        return str(error)
+        return _in_words(str(error))
     if isinstance(error, KeyError | AttributeError):  # ml_collections: a field that does not exist, quoted once or twice
         text = re.sub(r"\\+n", " ", re.sub(r"\\+'", "'", str(error))).strip("'\"")
         name, _, hint = text.partition("' ")
         flag = next((argument for argument in sys.argv[1:] if name in argument), "--config")
         return f"{flag}: there is no field {name!r}; {hint or 'opd_jax/config/fields.py has them all'}"
     return f"{type(error).__name__}: {error}"
+
+
+def _in_words(text: str) -> str:
+    """What absl and Python's own conversions say, for people."""
+    missing = re.search(r"Flag (--\w+) must have a value other than None", text)
+    if missing:
+        return f"flag {missing[1]} is missing; write {missing[1]}=VALUE (--help says what)"
+    text = re.sub(r"invalid literal for int\(\) with base 10: .*", "must be a whole number", text)
+    return re.sub(r"could not convert string to float: .*", "must be a number", text)
 
 
 def _raised(error: BaseException) -> BaseException:

@@ -52,7 +52,7 @@ def _from_variables(given: dict[str, str]) -> dict[str, Any]:
     missing = [name for name in VARIABLES if name not in given]
     said = ", ".join(f"{name}={value}" for name, value in given.items())
     if missing:
-        raise UserError(f"environment: {said}, but {', '.join(missing)} is not set; set all of {', '.join(VARIABLES)}, or none")
+        raise UserError(f"environment: {said}, but not {', '.join(missing)}; set all of {', '.join(VARIABLES)}, or none")
     address, *numbers = (given[name] for name in VARIABLES)
     if not re.fullmatch(r"\S+:[0-9]{1,5}", address) or not all(re.fullmatch("[0-9]{1,9}", number) for number in numbers):
         raise UserError(f"environment: {said}; give HOST:PORT of process 0, the number of processes, and this one's number from 0")

@@ -19,11 +19,11 @@ QUICK = "--config=configs/quickstart.py:tiny"
 CASES = {
     "misspelt field": ([QUICK, "--config.rollout.bach_size=4"], ["bach_size", "batch_size"]),
     "misspelt field of a block": ([QUICK, "--config.learner.learning_rat=1"], ["--config.learner.learning_rat=1", "learning_rate"]),
-    "wrong type": ([QUICK, "--config.rollout.batch_size=many"], ["rollout.batch_size", "many"]),
+    "wrong type": ([QUICK, "--config.rollout.batch_size=many"], ["rollout.batch_size", "many", "must be a whole number"]),
     "out of range": ([QUICK, "--config.rollout.top_p=1.5"], ["rollout.top_p", "1.5", "at most 1"]),
     "missing config": (["--config=configs/nothing.py"], ["configs/nothing.py"]),
     "unknown argument of a config": (["--config=configs/quickstart.py:gkd"], ["config argument 'gkd' is not known", "opd"]),
-    "no config": ([], ["config"]),
+    "no config": ([], ["flag --config is missing; write --config=VALUE"]),
     "unknown flag": ([QUICK, "--cofnig.seed=1"], ["cofnig"]),
     "stray word": ([QUICK, "seed=1"], ["seed=1", "--name=value"]),
     "missing teacher": ([QUICK, "--config.teacher.recipe=", "--config.teacher.path=/nowhere/at/all"], ["/nowhere/at/all"]),

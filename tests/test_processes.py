@@ -75,8 +75,8 @@ def records(run: pathlib.Path) -> list[dict]:
 
 
 CASES = {
-    "one of three": ({"JAX_NUM_PROCESSES": "2"}, "JAX_NUM_PROCESSES=2, but JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID is not set; set all"),
-    "two of three": ({"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_PROCESS_ID": "0"}, "but JAX_NUM_PROCESSES is not set"),
+    "one of three": ({"JAX_NUM_PROCESSES": "2"}, "JAX_NUM_PROCESSES=2, but not JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID; set all"),
+    "two of three": ({"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_PROCESS_ID": "0"}, "but not JAX_NUM_PROCESSES; set all"),
     "no port": ({"JAX_COORDINATOR_ADDRESS": "h", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "give HOST:PORT of process 0"),
     "no number": ({"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"}, "give HOST:PORT of process 0"),
     "one too many": (
