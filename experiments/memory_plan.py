@@ -39,9 +39,9 @@ def main(argv: list[str]) -> None:
     if DEVICES.value not in (None, devices):
         sizes = " * ".join(f"mesh.{axis}" for axis in parallel.AXES)
         given = " * ".join(str(getattr(asked, axis)) for axis in parallel.AXES)
-        raise UserError(
-            f"--devices={DEVICES.value}: {sizes} = {given} = {devices}; make the product {DEVICES.value}, or leave the flag out"
-        )
+        if asked.teacher:
+            sizes, given = f"{sizes} + mesh.teacher", f"{given} + {asked.teacher}"
+        raise UserError(f"--devices={DEVICES.value}: {sizes} = {given} = {devices}; make it {DEVICES.value}, or leave the flag out")
     if COMPILE.value:  # before jax looks for devices
         if parsed.rollout.source != "student" or parsed.rollout.aggregate:
             raise UserError(f"--compile: knows the programs of rollout.source = 'student', not {parsed.rollout.source!r} or an aggregate")

@@ -283,6 +283,8 @@ def test_the_command_plans_a_pair_that_this_machine_could_not_hold():
     assert refused.returncode == 2 and refused.stderr.startswith(
         "error: --devices=8: mesh.data * mesh.fsdp * mesh.sequence * mesh.tensor = 1 * 16 * 1 * 1 = 16"
     )
+    apart = run([*command, "--config.mesh.teacher=4", "--devices=8"])
+    assert apart.returncode == 2 and "mesh.tensor + mesh.teacher = 1 * 16 * 1 * 1 + 4 = 20; make it 8" in apart.stderr
 
 
 def test_a_plan_refuses_what_a_strict_mesh_would_refuse():
