@@ -200,7 +200,7 @@ def _load_params(path: pathlib.Path, abstract_params: dict) -> dict:
     item = {"params": abstract_params}
     arguments = ocp.args.PyTreeRestore(item=item, restore_args=jax.tree.map(as_asked, item), partial_restore=True)
     _check_shapes({"params": _saved(path)["params"]}, item)
-    with ocp.PyTreeCheckpointer(**_who_writes()) as checkpointer:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**_who_writes()), **_who_writes()) as checkpointer:
         return checkpointer.restore(path, args=arguments)["params"]
 
 

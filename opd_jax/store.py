@@ -120,13 +120,8 @@ class Store:
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, **named, **{_SCORE + name: value for name, value in scores.items()})
         digest = hashlib.sha256(buffer.getvalue()).hexdigest()
-        path = self._path(self.batches)
-        try:
-            if processes.first():
-                _write(path.with_suffix(".npz"), buffer.getvalue())
-                _write(path, _json({"sha256": digest, "examples": [dataclasses.asdict(example) for example in examples]}))
-        except OSError as error:
-            raise UserError(f"{self.folder}: cannot be written ({files.reason(error)}); free space, or give another folder") from None
+        described = _json({"sha256": digest, "examples": [dataclasses.asdict(example) for example in examples]})
+        processes.by_first(_write_batch, self._path(self.batches), buffer.getvalue(), described)
         self._batches.append(_Stored(list(examples), named, scores, digest))
 
     def _take(self, what: str, prompts: Sequence[int]) -> dict[str, np.ndarray]:
@@ -306,6 +301,14 @@ def _remove_from(folder: pathlib.Path, number: int) -> None:
     for later in reversed(range(number, _written(folder))):
         for suffix in (".json", ".npz"):
             (folder / f"{later:06d}{suffix}").unlink(missing_ok=True)
+
+
+def _write_batch(path: pathlib.Path, arrays: bytes, described: bytes) -> None:
+    try:
+        _write(path.with_suffix(".npz"), arrays)
+        _write(path, described)
+    except OSError as error:
+        raise UserError(f"{path.parent}: cannot be written ({files.reason(error)}); free space, or give another folder") from None
 
 
 def _json(value: dict) -> bytes:

@@ -14,7 +14,7 @@ import numpy as np
 import process_worker
 import pytest
 
-from opd_jax import assembly, checkpoint, config, machine, metrics, model_io, parallel, processes, rollout, sampler, score, train
+from opd_jax import assembly, checkpoint, config, machine, metrics, model_io, parallel, processes, rollout, sampler, score, store, train
 from opd_jax.data import tasks
 from opd_jax.data.pipeline import Encoder
 from opd_jax.models import hf, spec, transformer
@@ -47,19 +47,37 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def launch_two(folder: pathlib.Path, name: str, *flags: str) -> list[int]:
+    """Statuses of two processes with a device each, called NAME0 and NAME1."""
+    address = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+    flags = f"--workdir={folder / name}", *flags
+    pair = [launch(folder, f"{name}{i}", *flags, devices=1, JAX_PROCESS_ID=str(i), **address) for i in range(2)]
+    return [wait(process) for process in pair]
+
+
+def launch_one(folder: pathlib.Path, name: str, *flags: str) -> int:
+    """Status of one process with two devices."""
+    return wait(launch(folder, name, f"--workdir={folder / name}", *flags, devices=2))
+
+
+def logs(folder: pathlib.Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.glob("*.log")}
+
+
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory) -> pathlib.Path:
     """`two`: a run of two processes with a device each, whose second process got SIGTERM after step 2; `one`: one process, two devices."""
     folder = tmp_path_factory.mktemp("processes")
     hf.save(folder / "model", transformer.init(jax.random.key(3), process_worker.MODEL), process_worker.MODEL)
-    address = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2"}
-    both = [f"--workdir={folder / 'two'}", "--interrupted"]
-    pair = [launch(folder, f"two{i}", *both, devices=1, JAX_PROCESS_ID=str(i), **address) for i in range(2)]
-    codes = [wait(process) for process in pair]
-    alone = wait(launch(folder, "one", f"--workdir={folder / 'one'}", devices=2))
-    said = {name: (folder / f"{name}.log").read_text() for name in ("two0", "two1", "one")}
-    assert (codes, alone) == ([143, 143], 0), said
+    assert (launch_two(folder, "two", "--interrupted"), launch_one(folder, "one")) == ([143, 143], 0), logs(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def features(runs) -> pathlib.Path:
+    """The runs of process_worker.features(): `many` of two processes, `single` of one process with two devices."""
+    assert (launch_two(runs, "many", "--features"), launch_one(runs, "single", "--features")) == ([0, 0], 0), logs(runs)
+    return runs
 
 
 def notes(folder: pathlib.Path, name: str) -> dict:
@@ -69,6 +87,18 @@ def notes(folder: pathlib.Path, name: str) -> dict:
 def records(run: pathlib.Path) -> list[dict]:
     found = metrics.read(run / "metrics.jsonl")
     return [{name: value for name, value in one.items() if not any(word in name for word in CLOCK)} for one in found]
+
+
+def compare(two: list[dict], one: list[dict]) -> float:
+    """The largest relative difference of records that agree."""
+    worst = 0.0
+    for a, b in zip(two, one, strict=True):
+        final = {name for name in a.keys() ^ b.keys() if name.startswith("eval/")}
+        assert a.keys() - final == b.keys() - final
+        for name in a.keys() & b.keys():
+            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), (a["step"], name)
+            worst = max(worst, abs(a[name] - b[name]) / max(abs(b[name]), 1e-6))
+    return worst
 
 
 # ---- how they start
@@ -152,15 +182,8 @@ def test_each_process_reads_its_part_of_a_model(runs):
 def test_metrics_are_those_of_one_process(runs, record_property):
     two, one = records(runs / "two"), records(runs / "one")
     assert len(two) >= 3 and one[-1]["step"] == 6
-    worst = 0.0
-    for a, b in zip(two, one[: len(two)], strict=True):
-        final = {name for name in a.keys() ^ b.keys() if name.startswith("eval/")}
-        assert a.keys() - final == b.keys() - final
-        for name in a.keys() & b.keys():
-            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), (a["step"], name)
-            worst = max(worst, abs(a[name] - b[name]) / max(abs(b[name]), 1e-6))
+    record_property("largest relative difference", compare(two, one[: len(two)]))
     assert any("eval/reverse_kl" in one for one in two) and any("reward/well_formed" in one for one in two)
-    record_property("largest relative difference", worst)
 
 
 @pytest.mark.slow
@@ -236,3 +259,51 @@ def test_one_process_goes_on_where_two_stopped_on_another_mesh(runs, tmp_path):
     assert [record["step"] for record in two] == list(range(7))
     for name in ("train/loss", "train/grad_norm", "rollout/length", "eval/reverse_kl"):
         assert two[-1][name] == pytest.approx(one[-1][name], rel=1e-4), name
+
+
+# ---- what else they do: process_worker.features()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["agent", "dagger", "stored"])
+def test_a_run_of_many_parts_taken_up_again_is_that_of_one_process(features, name, record_property):
+    two, one = (features / folder / name for folder in ("many", "single"))
+    found = records(two)
+    assert [record["step"] for record in found] == [1, 2, 3]
+    record_property("largest relative difference", compare(found, records(one)))
+    assert metrics.read(two / "samples.jsonl")[-1]["step"] == 3
+    drawn = [[sample["token_ids"] for sample in metrics.read(run / "samples.jsonl")] for run in (two, one)]
+    assert drawn[0] == drawn[1]
+    assert np.allclose(*(weights(run) for run in (two, one)), rtol=1e-4, atol=1e-6)
+
+
+def weights(run: pathlib.Path) -> np.ndarray:
+    """All of the newest student's, an adapter merged, as an export would write them."""
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(model_io.open_model(str(run)).params)])
+
+
+@pytest.mark.slow
+def test_their_parts_are_there(features):
+    agent, dagger, stored = (records(features / "many" / name)[-1] for name in ("agent", "dagger", "stored"))
+    assert agent["rollout/turns"] > 1 and 0 < agent["rollout/reward"] < 1 and agent["reward/well_formed"] < 1
+    assert agent["context/present"] > 0 and agent["preference/pairs"] > 0 and abs(agent["train/loss_reward"]) > 0
+    assert dagger["replay/age"] > 0 and stored["preference/pairs"] > 0
+    assert (features / "many" / "agent" / "model" / "adapter_config.json").is_file()
+
+
+@pytest.mark.slow
+def test_what_they_measured_and_collected_is_the_same_and_written_once(features):
+    assert len({(features / run / "agent" / "difficulty.json").read_text() for run in ("many", "single")}) == 1
+    two, one = (store.read(features / run / "dagger" / "replay") for run in ("many", "single"))
+    assert two.batches == one.batches == 3 and not list((two.folder).glob("*.tmp"))
+    everything = range(len(two))
+    np.testing.assert_array_equal(*(found.completions(everything).tokens_BT for found in (two, one)))
+    others = [path for path in notes(features, "many1")["written"] if not re.search(r"/checkpoints/\d+\.tmp/state", path)]
+    assert set(others) <= {f"{features}/many/{name}" for name in (*process_worker.RUNS, "refused_agent", "refused_stored")}  # made by all
+
+
+@pytest.mark.slow
+def test_what_cannot_be_used_is_refused_by_all(features):
+    first, second = (notes(features, f"many{i}")["refusals"] for i in range(2))
+    assert first == second and len(first) == 3
+    assert "task.difficulty_low = 0.3" in first[0] and "store.json: cannot be read" in first[1] and "nowhere: cannot be written" in first[2]
