@@ -42,6 +42,7 @@ class Checkpoints:
         """
         try:
             processes.by_first(self._begin, step)
+            _agree_on_numbers()
             with ocp.StandardCheckpointer(**_who_writes()) as checkpointer:
                 # Where others wait, orbax takes no arrays of this process's devices alone.
                 saved = processes.to_host(state) if processes.working_alone() else state
@@ -159,6 +160,22 @@ def _who_writes() -> dict[str, Any]:
     me = jax.process_index()
     mine = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix="alone")
     return {"multiprocessing_options": mine}
+
+
+_saved_alone = 0  # saves of this process while others waited
+
+
+def _agree_on_numbers() -> None:
+    """Those that waited catch up: each process counts its saves, and orbax lets none write before a folder is made by their number."""
+    global _saved_alone
+    if processes.working_alone():
+        _saved_alone += 1
+    elif processes.count() > 1:
+        most = max(processes.share(_saved_alone))
+        with processes.alone(), ocp.StandardCheckpointer(**_who_writes()) as checkpointer:
+            for _ in range(most - _saved_alone):
+                checkpointer.synchronize_next_awaitable_signal_operation_id()
+        _saved_alone = most
 
 
 def _load(path: pathlib.Path, abstract: TrainState) -> TrainState:

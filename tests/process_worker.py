@@ -16,6 +16,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import jax
 import numpy as np
+from orbax.checkpoint._src.futures import synchronization
 
 from opd_jax import checkpoint, cli, config, learner, parallel, processes, sampler, store, train
 from opd_jax.data.tasks import Verdict
@@ -172,6 +173,7 @@ def main(argv: list[str]) -> None:
     try:
         if FLAGS.features:
             notes["refusals"] = run_features(FLAGS.workdir, FLAGS.cache)
+            notes["saves"] = synchronization.OperationIdGenerator.get_current_operation_id()
         else:
             run_one(notes, stop)
     finally:

@@ -307,3 +307,10 @@ def test_what_cannot_be_used_is_refused_by_all(features):
     first, second = (notes(features, f"many{i}")["refusals"] for i in range(2))
     assert first == second and len(first) == 3
     assert "task.difficulty_low = 0.3" in first[0] and "store.json: cannot be read" in first[1] and "nowhere: cannot be written" in first[2]
+
+
+@pytest.mark.slow
+def test_saves_have_the_same_number_in_all_though_the_first_made_models_alone(features):
+    """Orbax holds back who would write before there is a folder, by a number that each process counts."""
+    first, second = (notes(features, f"many{i}")["saves"] for i in range(2))
+    assert first == second
