@@ -183,6 +183,26 @@ def mean_square(params, config, tokens_BL, mask_BL):
     return jnp.mean(jnp.square(transformer.apply(params, config, tokens_BL, mask_BL=mask_BL)) * mask_BL[:, :, None])
 
 
+def test_bfloat16_products_of_experts_round_operands_alone():
+    """Also in the gradients; an expert without tokens has none."""
+    rng = np.random.default_rng(0)
+    size_E = np.array([3, 0, 4])
+    x, w, cotangent = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((7, 5), (3, 5, 6), (7, 6)))
+    config = make(compute_dtype="bfloat16")[1]
+    out, pull_back = jax.vjp(lambda x, w: transformer._grouped_matmul(x, w, jnp.asarray(size_E), config), x, w)
+    rounded = [np.asarray(array.astype(jnp.bfloat16), np.float64) for array in (x, w, cotangent)]
+    of_row = np.repeat(np.arange(3), size_E)
+    over_w = np.stack([rounded[0][of_row == e].T @ rounded[2][of_row == e] for e in range(3)])
+    expected = (
+        np.einsum("rd,rdf->rf", rounded[0], rounded[1][of_row]),
+        np.einsum("rf,rdf->rd", rounded[2], rounded[1][of_row]),
+        over_w,
+    )
+    for found, exact in zip((out, *pull_back(cotangent)), expected, strict=True):
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3", "gemma3", "qwen3_moe-some-layers"])
 def test_eight_devices_equal_one(name):

@@ -311,8 +311,30 @@ _product.defvjp(_product_forward, _product_backward)
 
 def _grouped_matmul(x: jax.Array, w: jax.Array, size_E: jax.Array, config: ModelConfig) -> jax.Array:
     """The first size_E[0] rows of x times w[0], the next size_E[1] times w[1], ...; types as in _matmul."""
-    dtype = config.compute_dtype
-    return jax.lax.ragged_dot(x.astype(dtype), w.astype(dtype), size_E, preferred_element_type=_wide(config.compute_dtype))
+    return _grouped_product(config.compute_dtype, x, w, size_E)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped_product(dtype: str, x: jax.Array, w: jax.Array, size_E: jax.Array) -> jax.Array:
+    """As _product: jax's own rule would round the gradients to the type of the operands."""
+    return jax.lax.ragged_dot(x.astype(dtype), w.astype(dtype), size_E, preferred_element_type=_wide(dtype))
+
+
+def _grouped_product_forward(dtype, x, w, size_E):
+    kept = x.astype(dtype)
+    return _grouped_product(dtype, kept, w, size_E), (kept, jnp.zeros((), x.dtype), w, size_E)
+
+
+def _grouped_product_backward(dtype, kept, cotangent):
+    x, of_x, w, size_E = kept
+    cotangent, wide = cotangent.astype(dtype), _wide(dtype)
+    over_x = jax.lax.ragged_dot(cotangent, w.astype(dtype).swapaxes(1, 2), size_E, preferred_element_type=wide)
+    rows = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[])
+    over_w = jax.lax.ragged_dot_general(x, cotangent, size_E, rows, preferred_element_type=wide)
+    return over_x.astype(of_x.dtype), over_w.astype(w.dtype), None
+
+
+_grouped_product.defvjp(_grouped_product_forward, _grouped_product_backward)
 
 
 def _norm(x: jax.Array, scale: jax.Array, config: ModelConfig) -> jax.Array:
