@@ -167,6 +167,7 @@ def _checked(config: Config, workdir: str | os.PathLike, own_task: tasks.Task | 
     attention_kernels.check(config.model.attention, config.model.compute_dtype)
     apart.check(config)
     mesh = parallel.from_settings(config.mesh)
+    rollout.tell_idle_slots(config.rollout, mesh)
     task = tasks.from_config(config, own_task)
     tasks.check_turns(config, task)
     if config_lib.keeps_scores(config):

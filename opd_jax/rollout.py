@@ -1,6 +1,7 @@
 """Where completions come from: sample() from any model, sample_mixture() and sample_corrected() from two, and the sources of a config."""
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 
 import jax
@@ -208,6 +209,20 @@ def slots_of(settings: config_lib.Rollout, mesh: Mesh) -> int:
     """Rows that a config's completions are written in, as others wait; 0: all at once. See `sample`."""
     fits = settings.source in ("student", "teacher", "mix") and settings.max_turns == 1 and mesh.size == 1
     return settings.slots if fits and settings.slots < settings.batch_size else 0
+
+
+def tell_idle_slots(settings: config_lib.Rollout, mesh: Mesh) -> None:
+    """A warning where a config's slots change nothing, and why."""
+    if not settings.slots or slots_of(settings, mesh):
+        return
+    reasons = {
+        f"there are {mesh.size} devices": mesh.size > 1,
+        f"there are no more rollouts (rollout.batch_size = {settings.batch_size})": settings.slots >= settings.batch_size,
+        f"completions have several turns (rollout.max_turns = {settings.max_turns})": settings.max_turns > 1,
+        f"rollout.source = {settings.source!r} writes all rows at once": True,
+    }
+    why = next(reason for reason, holds in reasons.items() if holds)
+    logging.getLogger(__name__).warning("rollout.slots = %d has no effect: %s", settings.slots, why)
 
 
 def make_source(

@@ -1,5 +1,6 @@
 """Fewer slots than rollouts: the completions of the plain sampler, in fewer decode steps."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from tables import Bigrams
 
+from opd_jax import config as config_lib
 from opd_jax import parallel, rollout, score
 from opd_jax.models import transformer
 
@@ -104,3 +106,22 @@ def test_long_completions_are_what_scoring_says_of_them():
     assert lengths.max() > 100 and lengths.sum() > 500
     np.testing.assert_allclose(found.logp_BT, score.logprobs(params, config, prompts, found), atol=1e-5)
     same(found, rollout.sample(params, config, prompts, **asked))
+
+
+@pytest.mark.parametrize(
+    "changes, devices, why",
+    [
+        ({}, 2, "there are 2 devices"),
+        ({"batch_size": 4}, 1, "there are no more rollouts (rollout.batch_size = 4)"),
+        ({"max_turns": 2}, 1, "completions have several turns (rollout.max_turns = 2)"),
+        ({"source": "dagger"}, 1, "rollout.source = 'dagger' writes all rows at once"),
+    ],
+)
+def test_slots_without_effect_are_told(changes, devices, why, caplog):
+    mesh = lambda devices: parallel.make_mesh(devices, devices=jax.devices()[:devices])
+    asked = dataclasses.replace(config_lib.Rollout(batch_size=8, slots=4), **changes)
+    rollout.tell_idle_slots(config_lib.Rollout(batch_size=8, slots=4), mesh(1))
+    rollout.tell_idle_slots(dataclasses.replace(asked, slots=0), mesh(devices))
+    assert not caplog.messages
+    rollout.tell_idle_slots(asked, mesh(devices))
+    assert caplog.messages == [f"rollout.slots = 4 has no effect: {why}"]
