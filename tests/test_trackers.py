@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -80,22 +81,31 @@ def as_tensorboard(rows):
 
 
 def wandb_records(workdir):
-    """The records of all .wandb files, oldest first: LevelDB's log format, blocks of 32 KiB, chunks of (crc, length, type) and data."""
+    """The records of all .wandb files, those of a run together. wandb's own process may still write when a run has been finished."""
+    files = sorted((workdir / "wandb").glob("offline-run-*/*.wandb"))
+    end = time.monotonic() + 60
+    while True:
+        each = [records_of(path) for path in files]
+        if all(any(record.HasField("exit") for record in one) for one in each) or time.monotonic() > end:
+            return [record for one in each for record in one]
+        time.sleep(0.2)
+
+
+def records_of(path):
+    """LevelDB's log format: blocks of 32 KiB, chunks of (crc, length, type) and data."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    found = []
-    for path in sorted((workdir / "wandb").glob("offline-run-*/*.wandb")):
-        data, position, parts = path.read_bytes(), 7, []  # 7 bytes of file header
-        while position < len(data):
-            if 32768 - position % 32768 < 7:  # the rest of a block is padding
-                position += 32768 - position % 32768
-                continue
-            length, kind = struct.unpack_from("<HB", data, position + 4)
-            parts.append(data[position + 7 : position + 7 + length])
-            position += 7 + length
-            if kind in (1, 4):  # a whole record, or the last piece of one
-                found.append(Record.FromString(b"".join(parts)))
-                parts = []
+    found, data, position, parts = [], path.read_bytes(), 7, []  # 7 bytes of file header
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:  # the rest of a block is padding
+            position += 32768 - position % 32768
+            continue
+        length, kind = struct.unpack_from("<HB", data, position + 4)
+        parts.append(data[position + 7 : position + 7 + length])
+        position += 7 + length
+        if kind in (1, 4) and position <= len(data):  # a whole record, or the last piece of one
+            found.append(Record.FromString(b"".join(parts)))
+            parts = []
     return found
 
 
