@@ -165,10 +165,11 @@ def gradient_and_statistics(
     readers = _Readers(objective, student_config, bank, attach, adaptive)
 
     def piece(models: _Models, micro: Batch):
-        targets, seen = readers.targets(models, micro)
+        outside = None if readers.rule_looks else readers.targets(models, micro)
 
         def loss(params):
             head, tokens_BT = readers.student(models._replace(params=params), micro), micro.student.completion_BT
+            targets, seen = outside or readers.targets(models, micro, head)
             value, sums = objective_lib.loss(objective, head, targets, tokens_BT, micro.mask_BT, micro.shares, micro.compared_B)
             return value, (sums | seen, observed.look(objective, head, targets["teacher"], tokens_BT))
 
@@ -220,8 +221,13 @@ class _Readers:
         """The student, whose parameters alone have a gradient."""
         return forward.hidden(self._whole(models.params, models), self.student_config, micro.student)
 
-    def targets(self, models: _Models, micro: Batch) -> tuple[objective_lib.Targets, dict[str, jax.Array]]:
-        """(what the student is compared with, sums for an adaptive rule): constant, and made outside of what has a gradient."""
+    @property
+    def rule_looks(self) -> bool:
+        """Whether the targets depend on what the student says. Others are made outside of what has a gradient."""
+        return self.bank is not None and self.bank.rule is not None
+
+    def targets(self, models: _Models, micro: Batch, student: Head | None = None) -> tuple[objective_lib.Targets, dict[str, jax.Array]]:
+        """(what the student is compared with, sums for an adaptive rule, which looks at `student`); all of it is constant."""
         targets, seen, bank, models = {"teacher": micro.scores, "reference": None}, {}, self.bank, jax.lax.stop_gradient(models)
         if bank is None:
             return targets, seen
@@ -231,7 +237,6 @@ class _Readers:
         if micro.teacher is not None:
             views = (micro.teacher, micro.student, micro.route_B)
             compared_BT = micro.mask_BT if micro.compared_B is None else micro.mask_BT & micro.compared_B[:, None]
-            student = self.student(models, micro) if bank.rule else None  # the rule looks at it
             targets["teacher"], seen = bank.target(parameters, *views, student=student, mask_BT=compared_BT)
         if self.objective.has_reference:
             targets["reference"] = bank.reference_target(parameters, micro.student)
@@ -244,7 +249,8 @@ def _prepare(readers: _Readers, models: _Models, batch: Batch, microbatches: int
 
     def piece(_, micro: Batch):
         near = parallel.within_loop(models, micro)
-        head, (targets, _) = readers.student(near, micro), readers.targets(near, micro)
+        head = readers.student(near, micro)
+        targets, _ = readers.targets(near, micro, head)
         return None, objective_lib.statistics(objective, head, targets, micro.student.completion_BT, micro.mask_BT, micro.shares)
 
     _, stats = jax.lax.scan(piece, None, _split(batch, microbatches))
